@@ -1,0 +1,549 @@
+"""Data: lists of pictures and captions, the picture cache, augmentation, batches, and the drawn worlds.
+
+A reader gives one plain structure, `Pairs`: picture paths, captions, and which picture each caption is about.
+Everything after it is the same for every data set. Pictures are decoded and resized once, into a uint8 array on
+disk that later epochs and runs map into memory; augmentation and normalisation run on whole batches, on the device.
+
+    python data.py ucm --data-root ucm_precomp      what each split holds, and what is missing
+
+Shapes: N pictures, M captions, B batch, H x W pixels.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import clip
+
+
+# ---------------------------------------------------------------------------------------------- readers
+
+@dataclass
+class Pairs:
+    """One split of a data set: caption `captions[m]` is about the picture `images[image_of_caption[m]]`."""
+    images: list                # N paths
+    captions: list              # M strings
+    image_of_caption: list      # M indices into images
+    ids: list = None            # N person ids, for re-identification
+
+
+def read_lines(path):
+    """The stripped lines of a UTF-8 text file."""
+    if not path.is_file():
+        folder = path.parent
+        there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else None
+        raise FileNotFoundError(f"{path} is not there; {folder} holds {', '.join(there) or 'nothing'}" if there is not None
+                                else f"the folder {folder} does not exist; give --data-root the folder with {path.name}")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def image_folder(root):
+    """The folder of pictures beside the caption files: `images`, the one `*_images`, or the root itself."""
+    found = [p for p in [root / "images", *sorted(root.glob("*_images"))] if p.is_dir()]
+    return found[0] if found else root
+
+
+def read_precomp(root, split, seed=2):
+    """Caption files of UCM, RSICD and RSITMD as the remote-sensing papers pass them on -> Pairs.
+
+    root holds `train_caps.txt`, `train_filename.txt` (each picture once; captions 5k..5k+4 are its own),
+    `test_caps.txt`, `test_filename.txt` (line by line) and the folder of pictures. split: train, val or test.
+    train and val are the official split of the train files: shuffled with random.seed(2), the first 80 % train.
+    Raises FileNotFoundError, or ValueError for lists that do not fit each other.
+    """
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r} is not one of train, val, test")
+    root = Path(root)
+    part = "test" if split == "test" else "train"
+    files, captions = read_lines(root / f"{part}_filename.txt"), read_lines(root / f"{part}_caps.txt")
+    per_line = 1 if split == "test" else 5
+    if len(captions) != per_line * len(files):
+        raise ValueError(f"{root / part}_caps.txt has {len(captions)} lines and {part}_filename.txt {len(files)}: "
+                         f"{'as many' if per_line == 1 else 'five captions for each picture'} are expected")
+    if not files:
+        raise ValueError(f"{root / part}_filename.txt is empty")
+    folder = image_folder(root)
+    if split == "test":
+        names = list(dict.fromkeys(files))
+        place = {name: n for n, name in enumerate(names)}
+        return Pairs([str(folder / name) for name in names], captions, [place[name] for name in files])
+    order = list(range(len(files)))
+    random.Random(seed).shuffle(order)
+    cut = int(0.8 * len(order))
+    order = order[:cut] if split == "train" else order[cut:]
+    return Pairs([str(folder / files[k]) for k in order], [captions[5 * k + i] for k in order for i in range(5)],
+                 [n for n in range(len(order)) for _ in range(5)])
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+
+
+def read_karpathy_json(path, split, images=None):
+    """`dataset_*.json` in Karpathy's layout (images[].filename, .split, .sentences[].raw) -> Pairs.
+
+    path: the file, or a folder with exactly one `dataset*.json`. images: the folder of pictures, by default the one
+    beside the file. split: train (with COCO's restval), val or test.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("dataset*.json"))
+        if len(found) != 1:
+            raise FileNotFoundError(f"{path} holds {len(found)} files dataset*.json, one is expected")
+        path = found[0]
+    folder = Path(images) if images else image_folder(path.parent)
+    entries = read_json(path)
+    entries = entries.get("images") if isinstance(entries, dict) else None
+    if not entries or "sentences" not in entries[0]:
+        raise ValueError(f"{path} is not in Karpathy's layout: images[].filename, .split, .sentences[].raw")
+    wanted = ("train", "restval") if split == "train" else (split,)
+    rows = [entry for entry in entries if entry["split"] in wanted]
+    if not rows:
+        raise ValueError(f"{path} has no picture of split {split!r}; "
+                         f"there are {dict(Counter(entry['split'] for entry in entries))}")
+    captions = [(sentence["raw"].strip(), n) for n, row in enumerate(rows) for sentence in row["sentences"]]
+    return Pairs([str(folder / row.get("filepath", "") / row["filename"]) for row in rows],
+                 [text for text, _ in captions], [n for _, n in captions])
+
+
+REID_FILES = ("reid_raw.json", "ICFG-PEDES.json", "ICFG_PEDES.json", "data_captions.json")
+
+
+def read_reid(root, split):
+    """CUHK-PEDES, ICFG-PEDES or RSTPReid, told apart by the annotation file in root -> Pairs with ids.
+
+    Training ids are mapped to 0..n-1 in sorted order; those of val and test stay as they are. Pictures lie under
+    `imgs/`. ICFG-PEDES has no val split, and its folders train/ and test/ are not the split.
+    """
+    root = Path(root)
+    found = [name for name in REID_FILES if (root / name).is_file()]
+    if not found:
+        hint = "; caption_all.json lacks the split" if (root / "caption_all.json").exists() else ""
+        raise FileNotFoundError(f"{root} holds none of {', '.join(REID_FILES)} (CUHK-PEDES, ICFG-PEDES, RSTPReid){hint}")
+    entries = read_json(root / found[0])
+    rows = [entry for entry in entries if entry["split"].lower() == split]
+    if not rows:
+        raise ValueError(f"{root / found[0]} has no picture of split {split!r}; "
+                         f"there are {dict(Counter(entry['split'] for entry in entries))}")
+    ids = [int(row["id"]) for row in rows]
+    if split == "train":
+        label = {person: n for n, person in enumerate(sorted(set(ids)))}
+        ids = [label[person] for person in ids]
+    captions = [(text.strip(), n) for n, row in enumerate(rows) for text in row["captions"]]
+    return Pairs([str(root / "imgs" / (row.get("file_path") or row["img_path"])) for row in rows],
+                 [text for text, _ in captions], [n for _, n in captions], ids)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def check_images(paths):
+    """Raise FileNotFoundError that counts the missing pictures by folder, if there are any."""
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        folders = Counter(os.path.dirname(path) for path in missing)
+        raise FileNotFoundError(f"{len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]} ("
+                                + ", ".join(f"{count} in {folder}" for folder, count in folders.most_common(5)) + ")")
+
+
+def load_images(paths, size, cache="runs/cache"):
+    """Decoded and preprocessed pictures, uint8 (N, 3, H, W), mapped from a file that is made on first use.
+
+    size: pixels or (H, W), as in `clip.preprocess`. The file in the folder `cache` is named by the paths, their sizes
+    and times of change, so that an edited picture makes a new one. Raises one error that names every bad picture.
+    """
+    check_images(paths)
+    stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    file = Path(cache) / f"{hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:20]}.npy"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        H, W = (size, size) if isinstance(size, int) else size
+        array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), 3, H, W))
+        bad = []
+
+        def decode(n):
+            try:
+                with Image.open(paths[n]) as image:
+                    array[n] = clip.preprocess(image, size).numpy()
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                bad.append(f"{paths[n]}: {error}")
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(tqdm(pool.map(decode, range(len(paths))), "reading pictures", len(paths),
+                          leave=False, disable=None))
+            if bad:
+                raise ValueError(f"{len(bad)} of {len(paths)} pictures cannot be read: {'; '.join(sorted(bad))}")
+            array.flush()
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+    return np.load(file, mmap_mode="r")
+
+
+def augment(images, kind):
+    """Random changes of a batch (B, 3, H, W) of float pixels, drawn from torch's CPU generator.
+
+    "none"; "crop": a window of 60 to 100 % of the area; "aerial": that, turned by a multiple of 90 degrees and mirrored
+    (the ground has no up); "people": mirrored, and moved by up to 10 pixels with black beyond the edge.
+    All of it is one affine map a picture: turns, mirrors and whole-pixel shifts are exact, crops bilinear.
+    """
+    if kind == "none":
+        return images
+    B, _, H, W = images.shape
+    zoom, turn, flip = torch.ones(B), torch.zeros(B), torch.ones(B)
+    shift = torch.rand(B, 2) * 2 - 1
+    if kind in ("crop", "aerial"):
+        zoom = (0.6 + 0.4 * torch.rand(B)).sqrt()
+        shift = shift * (1 - zoom)[:, None]
+    if kind == "people":
+        shift = (shift * 10.5).trunc() * 2 / torch.tensor([W, H])   # the coordinates run from -1 to 1
+    if kind in ("aerial", "people"):
+        flip = torch.randint(0, 2, (B,)) * 2.0 - 1
+    if kind == "aerial":
+        turn = torch.randint(0, 4, (B,)) * math.pi / 2
+    cos, sin = (zoom * turn.cos()).round(decimals=6), (zoom * turn.sin()).round(decimals=6)
+    theta = torch.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], dim=1).view(B, 2, 3)
+    grid = F.affine_grid(theta.to(images), images.shape, align_corners=False)
+    edge = "zeros" if kind == "people" else "reflection"
+    return F.grid_sample(images, grid, padding_mode=edge, align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+def epoch_order(pairs, over, seed, epoch):
+    """The captions of one epoch in random order, int64: a pure function of seed and epoch, so a run can resume.
+
+    over "captions": every caption once (the papers' epoch). "images": every picture once, with one of its captions.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if over == "captions":
+        return rng.permutation(len(pairs.captions))
+    image_of_caption = np.asarray(pairs.image_of_caption)
+    shuffled = rng.permutation(len(image_of_caption))
+    _, first = np.unique(image_of_caption[shuffled], return_index=True)     # one random caption of each picture
+    return rng.permutation(shuffled[first])
+
+
+def batches(images, tokens, image_of_caption, order, batch_size, start=0):
+    """Yield (images uint8 (B, 3, H, W), tokens (B, L), captions (B,)) along `order`, from batch number `start` on.
+
+    The next batch is read in a thread while the caller works on this one; the last may be smaller.
+    """
+    image_of_caption = np.asarray(image_of_caption)
+    chunks = [order[i:i + batch_size] for i in range(start * batch_size, len(order), batch_size)]
+
+    def fetch(chunk):
+        rows = torch.from_numpy(chunk)
+        return torch.from_numpy(images[image_of_caption[chunk]]), tokens[rows], rows
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(fetch, chunk) for chunk in chunks[:2]]
+        for n in range(len(chunks)):
+            batch = waiting.pop(0).result()
+            if n + 2 < len(chunks):
+                waiting.append(pool.submit(fetch, chunks[n + 2]))
+            yield batch
+
+
+# ---------------------------------------------------------------------------------------------- the drawn worlds
+
+# what makes a world harder or easier; a radius is a share of the picture's side, half a slot (0.1) at most
+TWO_GROUPS, STRIP = 0.75, 0.5  # share of scenes with two groups of objects; with a road, a river or a bridge
+GROUND_RADIUS, AERIAL_RADIUS = (0.09, 0.10), (0.075, 0.095)
+HAZE, LIGHT, NOISE = 0.35, 0.10, 0.03  # the most haze, from above; spreads of the light and of the noise
+JITTER = 0.07                  # spread of a paint's brightness around the colour it is called by
+SCALE = 3                      # drawn so many times larger and then reduced: smooth edges
+
+COLOURS = {"red": (205, 45, 45), "orange": (240, 140, 40), "yellow": (240, 215, 60), "green": (60, 145, 65),
+           "blue": (50, 95, 200), "purple": (130, 65, 165), "pink": (240, 150, 185), "white": (245, 245, 245),
+           "black": (40, 40, 45), "grey": (140, 140, 145), "brown": (125, 80, 45), "glass": (120, 170, 200),
+           "blond": (230, 195, 100), "pale": (240, 205, 180), "tan": (190, 135, 95)}
+LANDS = {  # colour; from above: depth of its patches, of its grain and of its stripes, stripes to a picture
+    "green grass": ((105, 160, 80), 0.14, 0.10, 0, 0), "brown field": ((165, 125, 85), 0.06, 0.05, 0.14, 14),
+    "yellow sand": ((228, 205, 140), 0.1, 0.04, 0.05, 7), "white snow": ((225, 232, 240), 0.07, 0.02, 0, 0),
+    "grey concrete": ((160, 160, 158), 0.05, 0.05, 0.09, 4),
+    "blue water": ((75, 135, 190), 0.09, 0.03, 0.09, 10)}
+STRIPS = {"road": (85, 85, 90), "river": (70, 130, 190), "bridge": (150, 110, 80)}
+# a picture has 5 x 5 slots, an object each; a place is a list of slots (column, row), the first one always
+# taken, lest a lone object at the left be as much at the top left; places that share no slot go together
+PLACES = {name: [(int(column), int(row)) for column in columns for row in rows] for name, columns, rows in (
+    ("left", "01", "213"), ("right", "43", "213"), ("top", "213", "01"), ("bottom", "213", "43"),
+    ("middle", "2", "213"), ("top left", "01", "01"), ("top right", "43", "01"), ("bottom left", "01", "43"),
+    ("bottom right", "43", "43"))}
+# noun: what it does, the length of its shadow, its colours, its shape from the side, its shape from above
+# a shape is parts in turn, 'paint x y x y ...' in tenths of its radius, x to the right, y down: two points
+# are a box, more a polygon, 'oval' has its middle and its half axes; body is the object's own paint
+OBJECTS = {
+    "plane": (" parked", 0.3, "white red blue yellow grey orange",
+        "shade -9 0 -10 -6 -7 -6 -4 -1, body oval 0 0 10 2, glass -6 -1 6 0, shade -1 1 3 1 -2 5 -5 5",
+        "shade -5 0 -10 5 -8 0 -10 -5, body oval 0 0 10 1.5, body 4 0 -1 10 -4 10 -1 0 -4 -10 -1 -10"),
+    "car": (" parked", 0.15, "red white black blue yellow green",
+        "body -9 -1 9 3, glass -7 -1 -4 -5 3 -5 6 -1, body 0 -5 1 0, black oval -5 3 2 2, black oval 5 3 2 2",
+        "body -8 -4 8 4, glass 2 -3 5 -4 5 4 2 3, glass -6 -3 -4 -3 -4 3 -6 3"),
+    "house": ("", 0.4, "red brown grey blue white orange",
+        "light -7 -1 7 7, body -10 -1 0 -8 10 -1, brown -1 2 1 7, glass -5 1 -3 4, glass 3 1 5 4",
+        "body -8 -6 8 0, shade -8 0 8 6, black 3 -4 5 -2"),
+    "tree": ("", 0.4, "green orange yellow red pink",
+        "brown -1 1 1 10, shade oval -4 -1 4 4, shade oval 4 -1 4 4, body oval 0 -3 6 6",
+        "body oval 0 0 7 7, shade oval 5 3 4 4, body oval -1 6 4 4, body oval -6 -2 4 4, body oval 2 -6 4 4"),
+    "tank": ("", 0.4, "white grey brown red green yellow",
+        "body -8 -4 8 5, body oval 0 5 8 2, shade 4 -4 8 5.5, shade oval 0 -4 8 2, light oval 0 -4 7 1.5",
+        "shade oval 0 0 8 8, body oval 0 0 7 7, light oval -1 -1 3 3"),
+    "court": ("", 0, "green blue red orange purple pink",
+        "white -6 -5 6 -5 10 6 -10 6, body -5 -4 5 -4 8 5 -8 5, grey -8 -2 8 1, white -8 -3 8 -2",
+        "white -9 -5.5 9 5.5, body -7.5 -4 7.5 4, white -0.5 -5 0.5 5, white -4 -0.5 4 0.5"),
+    "roundabout": ("", 0, "grey black brown",
+        "body oval 0 3 10 5, green oval 0 3 5 2, black -1 -4 1 3, blue oval 0 -5 4 4, white oval 0 -5 2 2",
+        "body -10 -2 10 2, body -2 -10 2 10, body oval 0 0 6 6, green oval 0 0 3 3"),
+    "boat": (" floating", 0.15, "red white yellow green orange purple",
+        "black -0.5 -10 0.5 3, white 1 -9 8 2 1 2, white -1 -8 -1 2 -6 2, body -9 3 9 3 6 8 -6 8",
+        "body -8 -3 3 -4 9 0 3 4 -8 3, brown -6 -2 2 -2 6 0 2 2 -6 2, white -2 -3 1 3"),
+    "ship": (" floating", 0.25, "red black grey green orange brown",
+        "white -8 -4 -4 1, black -7 -7 -5 -4, orange -3 -2 1 1, white 2 -2 5 1, body -10 1 10 0 8 5 -9 5",
+        "body -10 -2 6 -3 10 0 6 3 -10 2, white -9 -2 -6 2, orange -4 -2 -1 2, white 0 -2 4 2")}
+# forms of captions, one or two groups to a scene; 'few' is a number and a noun, 'all' the colour too
+ONE = ("{all} {do} {at} of the {land}", "{at} of the {land} there {be} {all}", "a picture of {all} {at}",
+       "there {be} {all} on the {land}", "the {land} has {few} {at}", "{few} {do} {at} of the picture")
+TWO = ("{all} {be} {at} and {all2} {at2}", "{few} {do} {beside} {all2}", "the {land} has {few} and {few2}",
+       "there {be2} {all2} on the {land} with {few}", "{few2} {do2} {at2} and {few} {at}",
+       "a picture of {all} {at} and {few2}", "{at2} of the {land} there {be2} {all2}")
+CROSSED = ("a {strip} crosses the {land} with {few}", "{all} {at} and a {strip} on the {land}")
+
+NUMBERS = ("no", "a", "two", "three", "four", "five")
+CIRCLE = np.stack([np.cos(np.arange(16) * np.pi / 8), np.sin(np.arange(16) * np.pi / 8)], axis=1)
+Group = namedtuple("Group", "count colour noun place spots")  # spots: (count, 3), x, y and radius
+
+
+def pick(rng, items):
+    return list(items)[rng.integers(len(items))]
+
+
+def paints(rng, colour):
+    """The paints for one object: all colours, and its own, a name or a triple, as body, shade and light."""
+    body = np.array(COLOURS[colour] if isinstance(colour, str) else colour)
+    body = body * rng.normal(1, JITTER) + rng.normal(0, 5, 3)
+    own = {"body": body, "shade": 0.7 * body, "light": 0.5 * body + 120}
+    return COLOURS | {paint: tuple(value.clip(0, 255).astype(int).tolist()) for paint, value in own.items()}
+
+
+def stamp(draw, shape, x, y, r, table, turn=0.0, flip=1):
+    """Draw a shape around (x, y) with radius r, in pixels, turned by an angle; flip=-1 mirrors it."""
+    axes = r / 10 * np.array([(flip * np.cos(turn), flip * np.sin(turn)), (-np.sin(turn), np.cos(turn))])
+    for part in shape.split(", "):
+        paint, *numbers = part.replace(" oval", "").split()
+        points = np.array(numbers, float).reshape(-1, 2)
+        if "oval" in part:
+            points = points[0] + points[1] * CIRCLE
+        elif len(points) == 2:
+            points = np.stack([points[[0, 1, 1, 0], 0], points[[0, 0, 1, 1], 1]], axis=1)
+        draw.polygon((points @ axes + (x, y)).ravel().tolist(), fill=table[paint])
+
+
+def make_scene(rng, radius, level):
+    """What there is to see: a land, a strip across it (kind, x, y, turn) or None, one or two groups.
+
+    From the side a strip is level and behind the objects; from above it is turned and keeps clear of them.
+    """
+    land = pick(rng, LANDS)
+    nouns = [noun for noun in OBJECTS if (noun in ("boat", "ship")) == (land == "blue water")]
+    groups, places = [], list(PLACES)
+    for noun in rng.permutation(nouns)[:1 + (rng.random() < TWO_GROUPS)].tolist():
+        place = pick(rng, places)
+        colour = pick(rng, [colour for colour in OBJECTS[noun][2].split() if colour not in land])
+        count = rng.integers(1, min(5, len(PLACES[place])) + 1)
+        first, *others = PLACES[place]
+        slots = np.array([first, *rng.permutation(others)[:count - 1]])  # (count, 2)
+        r = rng.uniform(*radius, count)
+        x, y = 0.2 * slots.T + rng.uniform(r, 0.2 - r, (2, count))
+        groups.append(Group(int(count), colour, noun, place, np.stack([x, y, r], axis=1)))
+        places = [other for other in places if not set(PLACES[other]) & set(PLACES[place])]
+    kind = "bridge" if "water" in land else pick(rng, ("road", "river"))
+    x, y, r = np.concatenate([group.spots for group in groups]).T
+    tries = rng.uniform((0.2, 0.4, 0), (0.8, 0.85, 0 if level else np.pi), (50 * (rng.random() < STRIP), 3))
+    clear = [(kind, u, v, turn) for u, v, turn in tries
+             if level or (abs((x - u) * np.sin(turn) - (y - v) * np.cos(turn)) > r + 0.05).all()]
+    return land, clear[0] if clear else None, groups
+
+
+def describe(rng, land, strip, groups):
+    """Five captions of a scene, each of another form: some tell colours, some places, some the land."""
+    words = {"land": land, "strip": strip and strip[0]}
+    for i, group in zip(("", "2"), groups):
+        one, number = group.count == 1, NUMBERS[group.count]
+        noun = group.noun if one else group.noun + "s"
+        words["few" + i] = f"{number} {noun}"
+        words["all" + i] = f"{number} {group.colour} {noun}".replace("a orange", "an orange")
+        words["be" + i] = "is" if one else "are"
+        words["do" + i] = words["be" + i] + OBJECTS[group.noun][0]
+        words["at" + i] = ("in the " if group.place == "middle" else "at the ") + group.place
+    dx, dy = groups[-1].spots.mean(axis=0)[:2] - groups[0].spots.mean(axis=0)[:2]
+    words["beside"] = (("below" if dy < 0 else "above") if abs(dy) > abs(dx) else
+                       f"to the {'right' if dx < 0 else 'left'} of")
+    forms = (ONE if len(groups) == 1 else TWO) + (CROSSED if strip else ())
+    return [forms[i].format(**words) for i in rng.permutation(len(forms))[:5]]
+
+
+def draw_strip(draw, side, kind, x, y, turn):
+    """Draw a road, a river or a bridge through (x, y) from edge to edge; the river bends."""
+    along = np.linspace(-1.5, 1.5, 61)
+    line = np.stack([along, 0.02 * np.sin(9 * along) * (kind == "river")], axis=1)
+    line = side * (line @ [(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))] + (x, y))
+    line = list(map(tuple, line.tolist()))
+    draw.line(line, fill=STRIPS[kind], width=side // 11)
+    if kind == "bridge":  # its deck
+        draw.line(line, fill=(235, 230, 225), width=side // 30)
+    for i in range(0, 60 if kind == "road" else 0, 2):  # its dashes
+        draw.line(line[i:i + 2], fill=(235, 230, 225), width=side // 60)
+
+
+def draw_ground(rng, size=64):
+    """A scene from the side, plain and clear: (picture, five captions)."""
+    side = size * SCALE
+    land, strip, groups = make_scene(rng, GROUND_RADIUS, level=True)
+    sky = pick(rng, ((190, 220, 245), (215, 225, 235), (245, 220, 200), (150, 195, 240)))
+    image = Image.new("RGB", (side, side), paints(rng, sky)["body"])
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, rng.uniform(0.05, 0.2) * side, side, side), fill=paints(rng, LANDS[land][0])["body"])
+    if strip:
+        draw_strip(draw, side, *strip)
+    for group in groups:
+        for x, y, r in group.spots * side:
+            table, flip = paints(rng, group.colour), pick(rng, (-1, 1))
+            stamp(draw, OBJECTS[group.noun][3], x, y, r, table, flip=flip)
+    return image.reduce(SCALE), describe(rng, land, strip, groups)
+
+
+def photograph(rng, image, haze):
+    """A drawing reduced to its size, in warm or cold, bright or dim light, with haze and a camera's noise."""
+    warm, bright = rng.normal(1, (LIGHT / 2, LIGHT))
+    pixels = np.asarray(image.reduce(SCALE)) / 255 * (bright * warm, bright, bright / warm)
+    pixels = (1 - haze) * pixels + 0.75 * haze + rng.normal(0, NOISE, pixels.shape)
+    return Image.fromarray((255 * pixels).clip(0, 255).astype(np.uint8))
+
+
+def land_from_above(rng, land, side):
+    """Textured ground: patches, grain, and stripes, which are furrows, ripples, joints or waves."""
+    colour, patches, grain, stripes, number = LANDS[land]
+    noise = [Image.fromarray(rng.normal(size=(n, n)).astype(np.float32)) for n in (6, side // SCALE)]
+    coarse = np.asarray(noise[0].resize((side, side), Image.BICUBIC))
+    fine = np.asarray(noise[1].resize((side, side), Image.NEAREST))
+    turn, (y, x) = rng.uniform(0, np.pi), np.mgrid[:side, :side] / side
+    wave = np.sin(2 * np.pi * number * (x * np.cos(turn) + y * np.sin(turn)) + 0.7 * coarse)
+    light = 1 + patches * coarse + grain * fine + stripes * wave
+    return Image.fromarray((light[..., None] * paints(rng, colour)["body"]).clip(0, 255).astype(np.uint8))
+
+
+def draw_aerial(rng, size=64):
+    """A scene from above, turned objects and their shadows on textured land: (picture, five captions)."""
+    side = size * SCALE
+    land, strip, groups = make_scene(rng, AERIAL_RADIUS, level=False)
+    image = land_from_above(rng, land, side)
+    draw = ImageDraw.Draw(image)
+    if strip:
+        draw_strip(draw, side, *strip)
+    sun = rng.uniform(0, 2 * np.pi)
+    shadow = dict.fromkeys(paints(rng, "black"), tuple(int(0.55 * c) for c in LANDS[land][0]))
+    for group in groups:
+        _, length, _, _, shape = OBJECTS[group.noun]
+        spread = pick(rng, (0, 2 * np.pi))  # all turned alike, or each its own way
+        turns = rng.uniform(0, 2 * np.pi) + rng.uniform(0, spread, group.count)
+        for (x, y, r), turn in zip(group.spots * side, turns):
+            stamp(draw, shape, x + length * r * np.cos(sun), y + length * r * np.sin(sun), r, shadow, turn)
+            stamp(draw, shape, x, y, r, paints(rng, group.colour), turn)
+    return photograph(rng, image, rng.uniform(0, HAZE)), describe(rng, land, strip, groups)
+
+
+@contextlib.contextmanager
+def new_folder(root):
+    """A folder that gets its name only when it is whole, so that a part is never taken for the whole."""
+    draft = Path(f"{root}.{os.getpid()}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        draft.rename(root)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_world(root, draw, images, test, seed, size=64):
+    """Draw `images` scenes, the last `test` of them for testing, in the authors' precomp layout.
+
+    A name stands once in train_filename.txt, with five lines in train_caps.txt, but five times in
+    test_filename.txt. Picture i depends on (seed, i) alone. A folder that exists is left as it is.
+    Give each world its own seed: from one seed, scenes repeat from world to world.
+    """
+    if Path(root).exists():
+        return
+    with new_folder(root) as draft:
+        (draft / "images").mkdir()
+        names, captions = {"train": [], "test": []}, {"train": [], "test": []}
+        for i in range(images):
+            image, five = draw(np.random.default_rng((seed, i)), size)
+            name, split = f"{i + 1:06d}.png", "test" if i >= images - test else "train"
+            image.save(draft / "images" / name, compress_level=1)
+            names[split] += [name] * (5 if split == "test" else 1)
+            captions[split] += five
+        for split in names:
+            (draft / f"{split}_filename.txt").write_text("\n".join(names[split]) + "\n")
+            (draft / f"{split}_caps.txt").write_text("\n".join(captions[split]) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- data sets by name
+
+DATASETS = ("toy-aerial", "toy-ground", "ucm", "rsicd", "rsitmd", "precomp", "karpathy", "reid")
+WORLDS = {"toy-ground": (draw_ground, 6000, 400, 0), "toy-aerial": (draw_aerial, 2000, 400, 1)}   # images, test, seed
+
+
+def read(dataset, root, split):
+    """One split of a data set by name -> Pairs. root is its folder; the toy worlds are drawn there on first use."""
+    if dataset in WORLDS:
+        draw, images, test, seed = WORLDS[dataset]
+        root = root or f"runs/{dataset}-world"
+        write_world(root, draw, images, test, seed)
+    if not root:
+        raise ValueError(f"--dataset {dataset} needs --data-root, the folder it lies in")
+    reader = {"karpathy": read_karpathy_json, "reid": read_reid}.get(dataset, read_precomp)
+    return reader(root, split)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is missing.")
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("--data-root", help="its folder")
+    args = parser.parse_args()
+    try:
+        for split in ("train", "val", "test"):
+            pairs = read(args.dataset, args.data_root, split)
+            print(f"{split:5} {len(pairs.images):6d} pictures {len(pairs.captions):6d} captions, "
+                  f"{len(set(pairs.captions)):6d} of them distinct"
+                  + (f", {len(set(pairs.ids))} ids" if pairs.ids else ""))
+            check_images(pairs.images)
+    except (ValueError, OSError) as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
