@@ -89,7 +89,7 @@ def trainable_state(model):
 def load_trainable(model, state):
     """Load what `trainable_state` gave into a model with the same method of the same sizes.
 
-    A missing, unknown or misshapen key raises ValueError with its name; nothing is loaded then.
+    Missing, unknown or misshapen keys raise ValueError with the first 8 names; nothing is loaded then.
     """
     parameters = dict(model.named_parameters())
     own = {key: parameters[key] for key in getattr(model, "method_parameters", [])}
@@ -98,7 +98,7 @@ def load_trainable(model, state):
     wrong += [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
               for key in own if key in state and state[key].shape != own[key].shape]
     if wrong:
-        raise ValueError(f"weights of another method or other sizes: {'; '.join(wrong)}")
+        raise ValueError(f"weights of another method or size, {len(wrong)} misfits: {'; '.join(wrong[:8])}")
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])
@@ -127,8 +127,8 @@ class MRSAdapter(nn.Module):
     def __init__(self, widths, bottleneck=64, dropout=0.5, share=64):
         super().__init__()
         if min(widths.values()) <= share:
-            raise ValueError(f"{type(self).__name__} shares {share} output dims, so both towers must be wider "
-                             f"and are {widths}: take another method or a wider CLIP")
+            raise ValueError(f"{type(self).__name__} shares {share} output dims, so both towers must be "
+                             f"wider than that and are {widths}: take another method or a wider CLIP")
         self.down = nn.ModuleDict({side: nn.Linear(width, bottleneck) for side, width in widths.items()})
         self.up = nn.ModuleDict({side: nn.Linear(bottleneck, widths[side] - share) for side in widths})
         self.share = nn.Linear(bottleneck, share)

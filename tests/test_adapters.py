@@ -118,7 +118,7 @@ def plain_block(x, w):
 
 
 def oracle(model, side, block=plain_block, patch=lambda x: x, last=lambda x: x, transformer=None):
-    """Feature of one tower before its head. block(x, w): w holds the tensors of the block and of the method."""
+    """Feature of one tower before its head. block(x, w): w holds the tensors of the block and its method."""
     w = {name.replace("inner.", ""): value for name, value in model.state_dict().items()}
     images, tokens = batch()
     if side == "image":
@@ -733,7 +733,7 @@ def test_merging_without_lora_is_an_error():
 
 
 def test_lora_makes_no_gradient_of_the_size_of_the_packed_matrix():
-    """Shapes of every matrix product of a block's backward pass; 14 is B x L, the rest are weight gradients."""
+    """Shapes of all matrix products of a block backward; 14 is B x L, the rest are weight gradients."""
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         shapes = set()
 
