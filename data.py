@@ -270,10 +270,11 @@ def batches(images, tokens, image_of_caption, order, batch_size, start=0):
 # ---------------------------------------------------------------------------------------------- the drawn worlds
 
 # what makes a world harder or easier; a radius is a share of the picture's side, half a slot (0.1) at most
-TWO_GROUPS, STRIP = 0.75, 0.5  # share of scenes with two groups of objects; with a road, a river or a bridge
+TWO_GROUPS, STRIP = 0.6, 0.5  # share of scenes with two groups of objects; with a road, a river or a bridge
 GROUND_RADIUS, AERIAL_RADIUS = (0.09, 0.10), (0.075, 0.095)
 HAZE, LIGHT, NOISE = 0.35, 0.10, 0.03  # the most haze, from above; spreads of the light and of the noise
 JITTER = 0.07                  # spread of a paint's brightness around the colour it is called by
+TILT = 0.25                    # spread of the slope, in radians, at which things stand on the ground
 SCALE = 3                      # drawn so many times larger and then reduced: smooth edges
 
 COLOURS = {"red": (205, 45, 45), "orange": (240, 140, 40), "yellow": (240, 215, 60), "green": (60, 145, 65),
@@ -418,8 +419,16 @@ def draw_strip(draw, side, kind, x, y, turn):
         draw.line(line[i:i + 2], fill=(235, 230, 225), width=side // 60)
 
 
-def draw_ground(rng, size=64):
-    """A scene from the side, plain and clear: (picture, five captions)."""
+def photograph(rng, image, haze):
+    """A drawing reduced to its size, in warm or cold, bright or dim light, with haze and a camera's noise."""
+    warm, bright = rng.normal(1, (LIGHT / 2, LIGHT))
+    pixels = np.asarray(image.reduce(SCALE)) / 255 * (bright * warm, bright, bright / warm)
+    pixels = (1 - haze) * pixels + 0.75 * haze + rng.normal(0, NOISE, pixels.shape)
+    return Image.fromarray((255 * pixels).clip(0, 255).astype(np.uint8))
+
+
+def draw_ground(rng, size=80):
+    """A scene from the side, on plain ground: (picture, five captions)."""
     side = size * SCALE
     land, strip, groups = make_scene(rng, GROUND_RADIUS, level=True)
     sky = pick(rng, ((190, 220, 245), (215, 225, 235), (245, 220, 200), (150, 195, 240)))
@@ -431,16 +440,8 @@ def draw_ground(rng, size=64):
     for group in groups:
         for x, y, r in group.spots * side:
             table, flip = paints(rng, group.colour), pick(rng, (-1, 1))
-            stamp(draw, OBJECTS[group.noun][3], x, y, r, table, flip=flip)
-    return image.reduce(SCALE), describe(rng, land, strip, groups)
-
-
-def photograph(rng, image, haze):
-    """A drawing reduced to its size, in warm or cold, bright or dim light, with haze and a camera's noise."""
-    warm, bright = rng.normal(1, (LIGHT / 2, LIGHT))
-    pixels = np.asarray(image.reduce(SCALE)) / 255 * (bright * warm, bright, bright / warm)
-    pixels = (1 - haze) * pixels + 0.75 * haze + rng.normal(0, NOISE, pixels.shape)
-    return Image.fromarray((255 * pixels).clip(0, 255).astype(np.uint8))
+            stamp(draw, OBJECTS[group.noun][3], x, y, r, table, rng.normal(0, TILT), flip)
+    return photograph(rng, image, rng.uniform(0, HAZE)), describe(rng, land, strip, groups)
 
 
 def land_from_above(rng, land, side):
@@ -455,7 +456,7 @@ def land_from_above(rng, land, side):
     return Image.fromarray((light[..., None] * paints(rng, colour)["body"]).clip(0, 255).astype(np.uint8))
 
 
-def draw_aerial(rng, size=64):
+def draw_aerial(rng, size=80):
     """A scene from above, turned objects and their shadows on textured land: (picture, five captions)."""
     side = size * SCALE
     land, strip, groups = make_scene(rng, AERIAL_RADIUS, level=False)
@@ -487,7 +488,7 @@ def new_folder(root):
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def write_world(root, draw, images, test, seed, size=64):
+def write_world(root, draw, images, test, seed, size=80):
     """Draw `images` scenes, the last `test` of them for testing, in the authors' precomp layout.
 
     A name stands once in train_filename.txt, with five lines in train_caps.txt, but five times in
@@ -512,7 +513,7 @@ def write_world(root, draw, images, test, seed, size=64):
 
 # ---------------------------------------------------------------------------------------------- data sets by name
 
-DATASETS = ("toy-aerial", "toy-ground", "ucm", "rsicd", "rsitmd", "precomp", "karpathy", "reid")
+DATASETS = ("toy-aerial", "toy-ground", "ucm", "rsicd", "rsitmd", "precomp", "karpathy")
 WORLDS = {"toy-ground": (draw_ground, 6000, 400, 0), "toy-aerial": (draw_aerial, 2000, 400, 1)}   # images, test, seed
 
 
@@ -530,7 +531,7 @@ def read(dataset, root, split):
 
 def main():
     parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is missing.")
-    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("dataset", choices=(*DATASETS, "reid"))
     parser.add_argument("--data-root", help="its folder")
     args = parser.parse_args()
     try:

@@ -217,3 +217,47 @@ def test_batches_follow_the_order_and_may_start_anywhere(start):
     for image, token, rows in seen:
         assert token[:, 0].tolist() == rows.tolist()
         assert image[:, 0, 0, 0].tolist() == [image_of_caption[m] for m in rows]
+
+
+# ---------------------------------------------------------------- the drawn worlds
+
+def scenes(draw, count=300, seed=1):
+    return [draw(np.random.default_rng((seed, i)), 40) for i in range(count)]
+
+
+def test_the_words_are_known_and_captions_mostly_unique():
+    ground, aerial = ([text for _, five in scenes(draw) for text in five] for draw in (data.draw_ground, data.draw_aerial))
+    words = {word for text in ground for word in text.split()}
+    assert {word for text in aerial for word in text.split()} <= words
+    for captions in (ground, aerial):
+        assert len(captions) == 1500 and len(set(captions)) > 0.9 * 1500
+        assert all(6 <= len(text.split()) <= 17 for text in captions)
+
+
+def test_the_place_in_a_caption_is_where_the_object_is():
+    for seed in range(200):
+        _, _, groups = data.make_scene(np.random.default_rng(seed), data.AERIAL_RADIUS, level=False)
+        spots = np.concatenate([group.spots for group in groups])
+        assert (spots[:, :2] > spots[:, 2:]).all() and (spots[:, :2] < 1 - spots[:, 2:]).all()      # inside
+        for i, (x, y, r) in enumerate(spots):
+            assert all(np.hypot(x - u, y - v) >= min(r, s) for u, v, s in spots[i + 1:])            # apart
+        for group in groups:
+            x, y = group.spots.mean(axis=0)[:2]
+            assert not ("left" in group.place and x > 0.4 or "right" in group.place and x < 0.6)
+            assert not ("top" in group.place and y > 0.4 or "bottom" in group.place and y < 0.6)
+            assert len(group.spots) == group.count
+
+
+def test_a_world_is_written_whole_or_not_at_all_and_the_same_each_time(tmp_path):
+    for name in ("a", "b"):
+        data.write_world(tmp_path / name, data.draw_aerial, images=10, test=2, seed=3, size=40)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 10 + 4
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    assert [len(data.read_precomp(tmp_path / "a", split).images) for split in ("train", "val", "test")] == [6, 2, 2]
+
+    def interrupted(rng, size):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        data.write_world(tmp_path / "c", interrupted, images=10, test=2, seed=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

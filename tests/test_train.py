@@ -1,0 +1,267 @@
+"""train.py and eval.py as a user runs them: whole runs on a small drawn world, faults, and the pieces of the loop."""
+import csv
+import json
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import adapters
+import clip
+import data
+import eval
+import losses
+import train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """24 drawn scenes in the layout of the real data, and a run that trained the tiny CLIP on them from scratch."""
+    folder = tmp_path_factory.mktemp("world")
+    data.write_world(folder / "aerial", data.draw_aerial, images=30, test=6, seed=5)
+    flags = ["--dataset", "precomp", "--data-root", str(folder / "aerial"), "--cache", str(folder / "cache"),
+             "--epochs", "2", "--batch-size", "16"]
+    run(*flags, "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive",
+        "--out", str(folder / "scratch"))
+    return folder, flags + ["--model", str(folder / "scratch")]
+
+
+def run(*flags):
+    return train.train(train.parse([str(flag) for flag in flags]))
+
+
+def state(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def command(monkeypatch, capsys, module, *flags):
+    """Exit code and error output of a script called with flags."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    return stop.value.code, capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- whole runs
+
+def test_a_run_leaves_its_files_and_a_clip_that_loads(world):
+    folder, _ = world
+    assert {path.name for path in (folder / "scratch").iterdir()} == {
+        "best.pt", "last.pt", "log.csv", "log.txt", "metrics.json", "curve.png"}
+    metrics = json.loads((folder / "scratch/metrics.json").read_text())
+    assert [row[0] for row in metrics["rows"]] == ["chance", "from scratch, contrastive"]
+    assert metrics["rows"][1][1] == metrics["total_parameters"]
+    assert len(list(csv.DictReader(open(folder / "scratch/log.csv")))) == 2
+    model = clip.load_clip(folder / "scratch")
+    assert sum(p.numel() for p in model.parameters()) == metrics["total_parameters"]
+
+
+@pytest.mark.parametrize("loss", ["hmmc", "hmmc-softmax", "contrastive"])
+def test_an_adapter_run_changes_the_adapter_alone(world, tmp_path, loss):
+    folder, flags = world
+    rows = run(*flags, "--loss", loss, "--mask-same", "--out", tmp_path / "run")
+    assert [row[0] for row in rows] == ["chance", "zero-shot", f"mrs, {loss}"]
+    saved = state(tmp_path / "run/best.pt")
+    assert "state_dict" not in saved
+    assert sum(tensor.numel() for tensor in saved["trained"].values()) == rows[2][1]
+    assert os.path.getsize(tmp_path / "run/best.pt") < 4 * rows[2][1] + 40_000
+    plain, (adapted, tokenizer, _) = clip.load_clip(folder / "scratch"), eval.load_run(tmp_path / "run")
+    for name, value in plain.openai_state_dict().items():
+        assert torch.equal(value, adapted.openai_state_dict()[name])
+    assert tokenizer.vocab_size == plain.config.vocab_size
+    assert any(tensor.abs().sum() > 0 for name, tensor in saved["trained"].items() if "up" in name)
+
+
+def test_eval_of_a_run_prints_the_row_that_training_printed(world, tmp_path, monkeypatch, capsys):
+    _, flags = world
+    rows = run(*flags, "--out", tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "run"), "--cache", str(tmp_path)])
+    eval.main()
+    assert eval.table(rows).splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
+
+
+def test_full_fine_tuning_changes_clip_and_loads_without_its_start(world, tmp_path):
+    folder, flags = world
+    run(*flags, "--method", "none", "--train", "backbone", "--out", tmp_path / "run")
+    before, after = clip.load_clip(folder / "scratch").state_dict(), clip.load_clip(tmp_path / "run").state_dict()
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert same == ["logit_scale"]      # the hinge loss has no temperature
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(world, tmp_path):
+    _, flags = world
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(*flags, "--out", tmp_path / name, "--seed", seed)
+    a, b, c = (state(tmp_path / name / "last.pt")["learned"] for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fault", ["crash", "ctrl-c"])
+def test_a_broken_run_resumes_to_the_same_end(world, tmp_path, monkeypatch, fault):
+    _, flags = world
+    flags = [*flags, "--augment", "crop", "--train", "all"]     # adapter dropout, augmentation, all of CLIP
+    run(*flags, "--out", tmp_path / "whole")
+    calls, compute = [], train.compute_loss     # 19 pictures x 5 captions / 16 = 6 steps an epoch: 8 is in the second
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise Crash()
+        return compute(*args)
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return compute(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compute_loss", broken if fault == "crash" else interrupted)
+        with pytest.raises(Crash if fault == "crash" else KeyboardInterrupt):
+            run(*flags, "--out", tmp_path / "broken")
+    assert state(tmp_path / "broken/last.pt")["step"] == (6 if fault == "crash" else 8)
+    run(*flags, "--out", tmp_path / "broken", "--resume")
+    whole, resumed = state(tmp_path / "whole/last.pt"), state(tmp_path / "broken/last.pt")
+    assert all(torch.equal(value, resumed["learned"][name]) for name, value in whole["learned"].items())
+    assert whole["history"] == resumed["history"]
+    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "broken/log.csv").read_text()
+    rows = [json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("whole", "broken")]
+    assert rows[0] == rows[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch):
+    _, flags = world
+    monkeypatch.setattr(losses, "hmmc_loss", lambda *args: (torch.tensor(float("nan"), requires_grad=True), {}))
+    with pytest.raises(ValueError, match="loss is nan at step 0.*--lr"):
+        run(*flags, "--out", tmp_path / "run")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    train.save(tmp_path / "last.pt", {"step": 1})
+
+    def full_disk(content, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        train.save(tmp_path / "last.pt", {"step": 2})
+    assert state(tmp_path / "last.pt") == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+# ---------------------------------------------------------------- mistakes on the command line
+
+def test_each_mistake_is_one_line_and_nothing_is_written(world, tmp_path, monkeypatch, capsys):
+    folder, flags = world
+    bad = folder / "bad"
+    data.write_world(bad, data.draw_aerial, images=20, test=4, seed=6)
+    (bad / "images/000003.png").write_bytes(b"not a picture")
+    monkeypatch.chdir(tmp_path)
+    root = ["--dataset", "precomp", "--data-root"]
+    for mistake, words in ((["--method", "none", *flags], "nothing to train"),
+                           (["--dataset", "ucm"], "needs --data-root"),
+                           ([*root, "nowhere", "--model", folder / "scratch"], "nowhere does not exist"),
+                           ([*root, bad, "--model", folder / "scratch", "--cache", folder / "cache"], "000003.png"),
+                           ([*flags[:4], "--model", "nothing.pt"], "nothing.pt"),
+                           ([*flags[:4], "--model", "tiny"], "--train all"),
+                           ([*flags, "--bottleneck", "0"], "bottleneck"),
+                           ([*flags, "--method", "bitfit", "--rank", "3"], "rank"),
+                           ([*flags, "--resume"], "--resume needs --out"),
+                           ([*flags, "--resume", "--out", "new"], "run without --resume"),
+                           ([*flags, "--out", folder / "scratch"], "already holds a run"),
+                           ([*flags, "--epochs", "0"], "at least 1"),
+                           ([*flags, "--loss", "hinge"], "invalid choice"),
+                           ([*flags, "--dataset", "coco"], "invalid choice")):
+        code, error = command(monkeypatch, capsys, train, *mistake)
+        assert code == 2 and words in error and "Traceback" not in error, (mistake, error)
+        assert error.splitlines()[-1].startswith("train.py: error:") and words in error.splitlines()[-1], error
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_do_not_resume(world, tmp_path):
+    _, flags = world
+    run(*flags, "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match="has --lr 0.0002, not 0.1"):
+        run(*flags, "--out", tmp_path / "run", "--resume", "--lr", 0.1)
+
+
+def test_an_adapter_on_another_clip_is_refused(world, tmp_path, monkeypatch, capsys):
+    folder, flags = world
+    run(*flags, "--out", tmp_path / "run")
+    saved = state(tmp_path / "run/best.pt")
+    torch.save(saved | {"fingerprint": "0" * 16}, tmp_path / "best.pt")
+    code, error = command(monkeypatch, capsys, eval, tmp_path / "best.pt")
+    assert code == 2 and "trained on other weights" in error
+    code, error = command(monkeypatch, capsys, eval, folder / "aerial")
+    assert code == 2 and len(error.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- pieces of the loop
+
+def test_the_papers_recipe_is_the_default_on_its_data():
+    args = train.parse(["--dataset", "ucm", "--data-root", "x"])
+    assert (args.model, args.method, args.loss, args.train) == ("ViT-B/32", "mrs", "hmmc", "method")
+    assert (args.lr, args.epochs, args.batch_size, args.augment) == (2e-4, 30, 16, "none")
+    assert (args.epoch_over, args.margin, args.view_dropout, args.weight_decay) == ("captions", 0.2, 0.2, 0.0)
+    rates = [train.learning_rate(args, 10 * epoch, 10) for epoch in range(30)]
+    assert rates == pytest.approx([2e-4] * 19 + [1.4e-4] * 11)
+
+
+def test_warm_up_then_cosine():
+    args = train.parse(["--epochs", "4", "--lr", "1", "--warmup", "1", "--schedule", "cosine"])
+    rates = [train.learning_rate(args, step, 2) for step in range(8)]
+    assert rates == pytest.approx([0.5, 1.0] + [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])
+
+
+def small_clip():
+    torch.manual_seed(0)
+    return clip.CLIP(clip.CLIPConfig(32, 32, 16, 64, 2, 10, 50, 64, 2))
+
+
+TOKENS = torch.tensor([[48, 5, 6, 49, 0, 0], [48, 7, 49, 0, 0, 0], [48, 3, 9, 2, 49, 0]])
+
+
+def test_two_views_in_one_forward_are_two_forwards():
+    model, images = small_clip(), torch.randn(3, 3, 32, 32)
+    for tower, inputs, encode in ((model.visual, images, model.encode_image), (model.text, TOKENS, model.encode_text)):
+        torch.manual_seed(7)
+        first, second = train.encode_twice(tower, inputs, 0.2)
+        assert torch.allclose(first, encode(inputs), atol=1e-6)
+        torch.manual_seed(7)
+        x = F.dropout(tower.embed(inputs), 0.2)
+        expected = F.normalize(tower.pool(tower.transformer(x), inputs), dim=-1)
+        assert torch.allclose(second, expected, atol=1e-6)
+        assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_frozen_weights_in_bf16_change_nothing_under_autocast():
+    images, outputs = torch.randn(3, 3, 32, 32), []
+    for freeze in (lambda model: None, train.freeze_in_bf16):
+        model = small_clip()
+        adapters.add_method(model, "lora")
+        freeze(model)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            outputs.append((model.encode_image(images), model.encode_text(TOKENS)))
+    assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
+    assert model.visual.transformer.resblocks[0].inner.mlp.c_fc.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("what", ["method", "backbone", "all"])
+def test_what_learns(what):
+    model = small_clip()
+    own = {name for name, _ in model.named_parameters()}
+    adapters.add_method(model, "prompts")
+    train.choose_trained(model, what)
+    learns = {name.replace("inner.", "") for name, p in model.named_parameters() if p.requires_grad}
+    added = {name.replace("inner.", "") for name in adapters.trainable_state(model)}
+    assert learns == {"method": added, "backbone": own, "all": own | added}[what]
+    assert not own & added
