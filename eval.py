@@ -3,6 +3,7 @@
     python eval.py runs/x                                       a run, on the data set it was trained for
     python eval.py runs/x --dataset ucm --data-root ucm_precomp  ... or on another one
     python eval.py ViT-B/32 --dataset ucm --data-root ucm_precomp  plain CLIP, zero-shot
+    python eval.py --table runs/*                               finished runs side by side, mean and spread over seeds
 
 Retrieval protocol: i2t, each of N pictures ranks all M captions, and the best of its own counts; t2i, each caption
 ranks the N pictures. R@K is the percentage ranked in the top K, mR the mean of the six. Many captions of these
@@ -13,6 +14,7 @@ Shapes: N pictures, M captions, Q queries, G gallery items, D joint width.
 """
 import argparse
 import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -164,7 +166,7 @@ def label(settings):
     what = {"method": settings["method"], "backbone": "full fine-tuning", "all": "from scratch"}[settings["train"]]
     if settings["train"] != "method" and settings["method"] != "none":
         what += f" with {settings['method']}"
-    return f"{what}, {settings['loss']}"
+    return f"{what}, {settings['loss']}{', same masked' * settings['mask_same']}"
 
 
 def table(rows):
@@ -175,6 +177,29 @@ def table(rows):
         size = ("", "") if trained is None else (f"{trained:,}".replace(",", " "), f"{share:.2f} %")
         values = [f"{metrics[name]:5.2f}" for name in [*RECALLS, "mR"]]
         lines.append("| " + " | ".join([f"{label:24}", f"{size[0]:>9}", f"{size[1]:>8}", *values]) + " |")
+    return "\n".join(lines)
+
+
+def summarize(folders):
+    """Markdown table over finished runs: those that differ in their seed alone are one row, mR as mean +- std."""
+    groups = {}
+    for folder in folders:
+        path = Path(folder) / "metrics.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: {folder} is no finished run of train.py")
+        run = json.loads(path.read_text())
+        same = {k: v for k, v in run["settings"].items() if k not in ("seed", "out", "resume", "cache")}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    lines = ["| | trained | share | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | mR | seeds | minutes | GB |",
+             "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for runs in groups.values():
+        _, trained, share, _ = runs[0]["rows"][-1]
+        values = {name: np.array([run["rows"][-1][3][name] for run in runs]) for name in [*RECALLS, "mR"]}
+        spread = f" ± {values['mR'].std(ddof=1):.2f}" if len(runs) > 1 else ""
+        lines.append("| " + " | ".join([
+            label(runs[0]["settings"]), f"{trained:,}".replace(",", " "), f"{share:.2f} %",
+            *(f"{values[name].mean():.2f}" for name in RECALLS), f"{values['mR'].mean():.2f}{spread}", str(len(runs)),
+            f"{np.mean([run['minutes'] for run in runs]):.1f}", f"{max(run['memory_gb'] for run in runs):.1f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -212,14 +237,21 @@ def plot_curve(history, path, size=(720, 360)):
 
 def main():
     parser = argparse.ArgumentParser(description="Test of a run, or of plain CLIP.")
-    parser.add_argument("run", help="folder of a run; or plain CLIP: a name such as ViT-B/32, or a weight file")
+    parser.add_argument("run", nargs="?",
+                        help="folder of a run; or plain CLIP: a name such as ViT-B/32, or a weight file")
+    parser.add_argument("--table", nargs="+", metavar="RUN", help="print one table of these finished runs instead")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the run's own")
     parser.add_argument("--data-root", help="folder of the data set; default: the run's own")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
     parser.add_argument("--cache", default="runs/cache", help="folder of decoded pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if (args.run is None) == (args.table is None):
+        parser.error("give one run to test, or --table with finished runs")
     try:
+        if args.table:
+            print(summarize(args.table))
+            return
         if (Path(args.run) / "best.pt").is_file() or args.run.endswith("best.pt"):
             model, tokenizer, settings = load_run(args.run, args.device)
             name, trained = label(settings), settings["trained_parameters"]

@@ -85,6 +85,22 @@ def test_eval_of_a_run_prints_the_row_that_training_printed(world, tmp_path, mon
     assert eval.table(rows).splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_table_of_runs_gives_mean_and_spread_over_seeds(world, tmp_path, monkeypatch, capsys):
+    _, flags = world
+    for seed in (0, 1):
+        run(*flags, "--epochs", "1", "--out", tmp_path / str(seed), "--seed", seed)
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"][-1][3] for name in "01")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--table", str(tmp_path / "0"), str(tmp_path / "1")])
+    eval.main()
+    head, _, row = (line.split(" | ") for line in capsys.readouterr().out.strip().splitlines())
+    assert row[head.index("seeds")] == "2"
+    assert float(row[3]) == pytest.approx((a["i2t_R@1"] + b["i2t_R@1"]) / 2, abs=0.01)
+    mean, spread = map(float, row[head.index("mR")].split(" ± "))
+    assert mean == pytest.approx((a["mR"] + b["mR"]) / 2, abs=0.01)
+    assert spread == pytest.approx(abs(a["mR"] - b["mR"]) / 2 ** 0.5, abs=0.01)
+
+
 def test_full_fine_tuning_changes_clip_and_loads_without_its_start(world, tmp_path):
     folder, flags = world
     run(*flags, "--method", "none", "--train", "backbone", "--out", tmp_path / "run")
