@@ -1,6 +1,6 @@
 """CLIP from scratch: two transformers that put pictures and sentences into one space.
 
-Paper: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2103.00020.
+Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020.
 
 Reads in three parts: the model; pictures and words (preprocess, Tokenizer); other people's weight files.
 Facts that bite: captions end in EOT, and the text feature is read there; attention in the text tower is
@@ -310,8 +310,8 @@ FIXES |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (
     0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), 0x3000,
     *range(0xFF01, 0xFFF0))}
 # (but long s + t keeps its long s), quotes become straight, line ends one kind; and what it drops
-FIXES |= {0xFB05: "\u017ft", 0x2BC: "'", **dict.fromkeys(range(0x2018, 0x201C), "'"),
-          **dict.fromkeys(range(0x201C, 0x2020), '"'), **dict.fromkeys((13, 0x2028, 0x2029), "\n")}
+FIXES |= {0xFB05: "\u017ft"} | dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'")
+FIXES |= dict.fromkeys(range(0x201C, 0x2020), '"') | dict.fromkeys((13, 0x2028, 0x2029), "\n")
 DROPS = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
 
 
@@ -459,6 +459,20 @@ KNOWN = {   # all that the pickle in a weight file may name, and what it gets
 }
 
 
+@contextmanager
+def loading(path):
+    """Whatever a damaged or foreign file makes pickle, zipfile, json or torch raise becomes one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in it
+            reason = "it is damaged or holds more than tensors; nothing was run"
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+
+
 class Module(dict):
     """A TorchScript module without its code: the tensors in it and in its parts, by their dotted names."""
 
@@ -498,7 +512,7 @@ def read_safetensors(path):
     """{name: function that reads a tensor}. The file: the length of a JSON header, the header, raw bytes."""
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(start, 1 << 26) - 8))
+        header = json.loads(file.read(start - 8))
 
     def read(dtype, shape, data_offsets):
         first, last = data_offsets
@@ -572,10 +586,11 @@ def config_of(weights, trained_at, image_size, activation):
     layers = [sum(re.fullmatch(tower + r"\.resblocks\.\d+\.ln_1\.bias", name) is not None for name in weights)
               for tower in (r"visual\.transformer", "transformer")]
     width, patch = weights["visual.conv1.weight"].shape[::3]
-    if width > 1024:
-        raise ValueError(f"its image tower is {width} wide: the heads of ViT-H and larger are not 64 wide")
-    patches = len(weights["visual.positional_embedding"]) - 1
     vocab_size, text_width = weights["token_embedding.weight"].shape
+    if width > 1024 or width % 64 or text_width % 64:
+        raise ValueError(f"its towers are {width} and {text_width} wide: heads that are not 64 wide, as in "
+                         "ViT-H and larger, are not known here")
+    patches = len(weights["visual.positional_embedding"]) - 1
     length, embed_dim = len(weights["positional_embedding"]), weights["text_projection"].shape[1]
     for size in filter(None, (trained_at, math.isqrt(patches) * patch, image_size)):
         config = CLIPConfig(embed_dim, size, patch, width, layers[0],
@@ -615,20 +630,6 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
         model.load_state_dict({name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor
                                for name, tensor in weights.items()}, assign=True)
     return model.to(device).eval()
-
-
-@contextmanager
-def loading(path):
-    """Whatever a damaged or foreign file makes pickle, zipfile, json or torch raise becomes one line."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in it
-            reason = "it is damaged or holds more than tensors; nothing was run"
-        raise ValueError(f"{path} cannot be loaded: {reason}") from error
 
 
 def main():

@@ -214,6 +214,8 @@ def plot_curve(history, path, size=(720, 360)):
     font = ImageFont.load_default(26)
     left, right, top, bottom = 130, W - 130, 70, H - 90
     last = max(row["epoch"] for row in history)
+    for y in (bottom - (bottom - top) * n / 4 for n in range(5)):
+        draw.line([(left, y), (right, y)], fill="#e4e4e4", width=2)
     for key, label, colour, anchor, edge in (("loss", "loss", "#c0392b", "rm", left - 12),
                                              ("val_mR", "validation mR", "#1f5fa8", "lm", right + 12)):
         values = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
@@ -222,7 +224,6 @@ def plot_curve(history, path, size=(720, 360)):
                   for e, v in values]
         for n in range(5):
             y, value = bottom - (bottom - top) * n / 4, low + (high - low) * n / 4
-            draw.line([(left, y), (right, y)], fill="#e4e4e4", width=2)
             draw.text((edge, y), f"{value:.3g}", colour, font, anchor=anchor)
         draw.line(points, fill=colour, width=5, joint="curve")
         for x, y in points:

@@ -185,8 +185,9 @@ def load_job(kind, path):
 def bench_load(args):
     with torch.device("meta"):
         weights = sum(value.nbytes for value in clip.CLIP(clip.SIZES[args.model]).parameters()) / 2 ** 30
-    print(f"\nloading {args.model}, {weights:.2f} GB in float32, from the page cache, best of 3; peak memory beyond "
-          "that of the imports\n\n| file | s | against torch.load | peak | against its weights |\n|:--|--:|--:|--:|--:|")
+    print(f"\nloading {args.model}, {weights:.2f} GB in float32, from the page cache, best of 3; peak memory "
+          "beyond that of the imports\n")
+    print("| file | s | against torch.load | peak | against its weights |\n|:--|--:|--:|--:|--:|")
     kinds = ("torch.load of a state dict", "state dict", "OpenAI archive, fp16", "checkpoint with optimizer",
              "Hugging Face safetensors", "Hugging Face bin")
     with tempfile.TemporaryDirectory() as folder:
