@@ -64,7 +64,7 @@ def test_a_run_leaves_its_files_and_a_clip_that_loads(world):
 def test_an_adapter_run_changes_the_adapter_alone(world, tmp_path, loss):
     folder, flags = world
     rows = run(*flags, "--loss", loss, "--mask-same", "--out", tmp_path / "run")
-    assert [row[0] for row in rows] == ["chance", "zero-shot", f"mrs, {loss}"]
+    assert [row[0] for row in rows] == ["chance", "zero-shot", f"mrs, {loss}, same masked"]
     saved = state(tmp_path / "run/best.pt")
     assert "state_dict" not in saved
     assert sum(tensor.numel() for tensor in saved["trained"].values()) == rows[2][1]
