@@ -320,6 +320,7 @@ class AdaptFormer(Houlsby):
 
 
 def quick_gelu(x):
+    """OpenAI's approximation of GELU, x sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
 
 

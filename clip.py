@@ -352,6 +352,7 @@ def spell(word):
 
 
 def join(word, pair):
+    """A spelled word with every occurrence of a pair of symbols made one symbol."""
     return word.replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
 
 
@@ -633,6 +634,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
 
 
 def main():
+    """Print the probability of each text for the image."""
     parser = argparse.ArgumentParser(description="Which text fits the image: CLIP's probabilities.")
     parser.add_argument("image")
     parser.add_argument("texts", nargs="+", metavar="text")

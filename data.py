@@ -94,6 +94,7 @@ def read_precomp(root, split, seed=2):
 
 
 def read_json(path):
+    """The content of a JSON file; FileNotFoundError or ValueError in one line."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -338,6 +339,7 @@ Group = namedtuple("Group", "count colour noun place spots")  # spots: (count, 3
 
 
 def pick(rng, items):
+    """One of the items, drawn from a numpy generator."""
     return list(items)[rng.integers(len(items))]
 
 
@@ -530,6 +532,7 @@ def read(dataset, root, split):
 
 
 def main():
+    """Print what each split holds; the first thing missing ends it with exit code 2."""
     parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is missing.")
     parser.add_argument("dataset", choices=(*DATASETS, "reid"))
     parser.add_argument("--data-root", help="its folder")

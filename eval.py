@@ -237,6 +237,7 @@ def plot_curve(history, path, size=(720, 360)):
 
 
 def main():
+    """Test one run or plain CLIP, or print a table of runs."""
     parser = argparse.ArgumentParser(description="Test of a run, or of plain CLIP.")
     parser.add_argument("run", nargs="?",
                         help="folder of a run; or plain CLIP: a name such as ViT-B/32, or a weight file")

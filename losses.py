@@ -62,6 +62,7 @@ def hmmc_softmax_loss(image, text, image2, text2, scale, same=None, weights=(1.0
 
 
 def summed(parts):
+    """The sum of the parts, and the parts detached."""
     return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 
 

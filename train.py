@@ -48,6 +48,7 @@ SCRATCH = dict(epochs=20, batch_size=128, lr=1e-3, schedule="cosine", warmup=1.0
 # ---------------------------------------------------------------------------------------------- 1. settings
 
 def parse(argv=None):
+    """Settings from the command line; the defaults follow the data set and the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def group(title, **flags):
@@ -259,6 +260,7 @@ def memory():
 
 
 def duration(seconds):
+    """Seconds as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
@@ -466,6 +468,7 @@ def tour():
 
 
 def main():
+    """The tour without flags, else one run; mistakes end in one line and exit code 2."""
     try:
         if len(sys.argv) == 1:
             tour()
