@@ -4,7 +4,7 @@ A reader gives one plain structure, `Pairs`: picture paths, captions, and which 
 Everything after it is the same for every data set. Pictures are decoded and resized once, into a uint8 array on
 disk that later epochs and runs map into memory; augmentation and normalisation run on whole batches, on the device.
 
-    python data.py ucm --data-root ucm_precomp      what each split holds, and what is missing
+    python data.py ucm --data-root ucm_precomp      what each split holds, and all that is missing
 
 Shapes: N pictures, M captions, B batch, H x W pixels.
 """
@@ -40,19 +40,27 @@ class Pairs:
     captions: list              # M strings
     image_of_caption: list      # M indices into images
     ids: list = None            # N person ids, for re-identification
+    sources: list = None        # M places where the captions stand, such as "train_caps.txt:17"
+
+
+class NoSplit(ValueError):
+    """The data set is there, but it has no such split."""
 
 
 def read_lines(path):
-    """The stripped lines of a UTF-8 text file."""
+    """The lines of a UTF-8 text file; FileNotFoundError, or ValueError with the line that is not UTF-8."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist; give --data-root the folder with {path.name}")
     if not path.is_file():
-        folder = path.parent
-        there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else None
-        raise FileNotFoundError(f"{path} is not there; {folder} holds {', '.join(there) or 'nothing'}" if there is not None
-                                else f"the folder {folder} does not exist; give --data-root the folder with {path.name}")
+        there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8])
+        raise FileNotFoundError(f"{path} is not there; {path.parent} holds {there or 'nothing'}")
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+        line = error.object[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line} is not UTF-8 text; convert the file first") from None
+    lines = text.removesuffix("\n").split("\n") if text else []      # splitlines() would cut at U+2028 and \f too
+    return [line.strip(" \r") for line in lines]
 
 
 def image_folder(root):
@@ -61,46 +69,75 @@ def image_folder(root):
     return found[0] if found else root
 
 
+def picture_path(folder, name, source):
+    """Path of a picture from a list; ValueError if its name leads out of the folder by '..'."""
+    if os.path.normpath(name).split(os.sep)[0] == "..":
+        raise ValueError(f"{source}: the picture {name} lies outside {folder}")
+    return str(folder / name)           # an absolute name stays as it is
+
+
+def pair_up(rows):
+    """Rows (path of a picture, caption, source of the caption) -> Pairs; equal paths are one picture."""
+    place = {path: n for n, path in enumerate(dict.fromkeys(path for path, _, _ in rows))}
+    return Pairs(list(place), [caption.strip() for _, caption, _ in rows], [place[path] for path, _, _ in rows],
+                 sources=[source for _, _, source in rows])
+
+
 def read_precomp(root, split, seed=2):
     """Caption files of UCM, RSICD and RSITMD as the remote-sensing papers pass them on -> Pairs.
 
     root holds `train_caps.txt`, `train_filename.txt` (each picture once; captions 5k..5k+4 are its own),
     `test_caps.txt`, `test_filename.txt` (line by line) and the folder of pictures. split: train, val or test.
     train and val are the official split of the train files: shuffled with random.seed(2), the first 80 % train.
-    Raises FileNotFoundError, or ValueError for lists that do not fit each other.
+    Raises NoSplit without test files, FileNotFoundError, or ValueError for lists that do not fit each other.
     """
     if split not in ("train", "val", "test"):
         raise ValueError(f"split {split!r} is not one of train, val, test")
-    root = Path(root)
-    part = "test" if split == "test" else "train"
-    files, captions = read_lines(root / f"{part}_filename.txt"), read_lines(root / f"{part}_caps.txt")
-    per_line = 1 if split == "test" else 5
-    if len(captions) != per_line * len(files):
-        raise ValueError(f"{root / part}_caps.txt has {len(captions)} lines and {part}_filename.txt {len(files)}: "
+    root, part, per_line = Path(root), *(("test", 1) if split == "test" else ("train", 5))
+    names_file, captions_file = root / f"{part}_filename.txt", root / f"{part}_caps.txt"
+    if (root / "train_caps.txt").exists() and not names_file.exists() and not captions_file.exists():
+        raise NoSplit(f"{root} has no test split: {names_file.name} and {captions_file.name} are not there")
+    names, captions = read_lines(names_file), read_lines(captions_file)
+    if len(captions) != per_line * len(names):
+        raise ValueError(f"{captions_file} has {len(captions)} lines and {names_file.name} {len(names)}: "
                          f"{'as many' if per_line == 1 else 'five captions for each picture'} are expected")
-    if not files:
-        raise ValueError(f"{root / part}_filename.txt is empty")
-    folder = image_folder(root)
+    paths = [picture_path(image_folder(root), name, f"{names_file}:{n}") for n, name in enumerate(names, 1)]
+    rows = [(paths[m // per_line], caption, f"{captions_file.name}:{m + 1}") for m, caption in enumerate(captions)]
     if split == "test":
-        names = list(dict.fromkeys(files))
-        place = {name: n for n, name in enumerate(names)}
-        return Pairs([str(folder / name) for name in names], captions, [place[name] for name in files])
-    order = list(range(len(files)))
+        return pair_up(rows)
+    line_of = {}
+    for n, name in enumerate(names, 1):
+        if line_of.setdefault(name, n) != n:
+            raise ValueError(f"{names_file}:{n} repeats {name} of line {line_of[name]}; each picture stands there once")
+    order = list(range(len(names)))
     random.Random(seed).shuffle(order)
     cut = int(0.8 * len(order))
     order = order[:cut] if split == "train" else order[cut:]
-    return Pairs([str(folder / files[k]) for k in order], [captions[5 * k + i] for k in order for i in range(5)],
-                 [n for n in range(len(order)) for _ in range(5)])
+    return pair_up([rows[5 * k + i] for k in order for i in range(5)])
 
 
-def read_json(path):
-    """The content of a JSON file; FileNotFoundError or ValueError in one line."""
+def read_entries(path, split, keys):
+    """The entries of one split in a JSON list (or in the list `images`, Karpathy's) as pairs (source, entry).
+
+    Raises ValueError for what is no such list, with the entry that lacks one of the keys, or NoSplit.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there") from None
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
+    entries = entries.get("images") if isinstance(entries, dict) else entries
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is not a list of entries with {', '.join(keys)}")
+    for n, entry in enumerate(entries):
+        lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise ValueError(f"{path}: entry {n} has no {' and no '.join(lacking)}")
+    splits = [str(entry["split"]).lower().replace("restval", "train") for entry in entries]
+    if split not in splits:
+        raise NoSplit(f"{path} has no picture of split {split!r}; there are {dict(Counter(splits))}")
+    return [(f"{path.name}, entry {n}", entry) for n, entry in enumerate(entries) if splits[n] == split]
 
 
 def read_karpathy_json(path, split, images=None):
@@ -115,101 +152,197 @@ def read_karpathy_json(path, split, images=None):
         if len(found) != 1:
             raise FileNotFoundError(f"{path} holds {len(found)} files dataset*.json, one is expected")
         path = found[0]
-    folder = Path(images) if images else image_folder(path.parent)
-    entries = read_json(path)
-    entries = entries.get("images") if isinstance(entries, dict) else None
-    if not entries or "sentences" not in entries[0]:
-        raise ValueError(f"{path} is not in Karpathy's layout: images[].filename, .split, .sentences[].raw")
-    wanted = ("train", "restval") if split == "train" else (split,)
-    rows = [entry for entry in entries if entry["split"] in wanted]
-    if not rows:
-        raise ValueError(f"{path} has no picture of split {split!r}; "
-                         f"there are {dict(Counter(entry['split'] for entry in entries))}")
-    captions = [(sentence["raw"].strip(), n) for n, row in enumerate(rows) for sentence in row["sentences"]]
-    return Pairs([str(folder / row.get("filepath", "") / row["filename"]) for row in rows],
-                 [text for text, _ in captions], [n for _, n in captions])
+    folder, rows = Path(images) if images else image_folder(path.parent), []
+    for source, entry in read_entries(path, split, ("filename", "split", "sentences")):
+        image = picture_path(folder, os.path.join(entry.get("filepath", ""), entry["filename"]), source)
+        rows += [(image, sentence.get("raw", ""), source) for sentence in entry["sentences"] or [{}]]
+    return pair_up(rows)
 
 
-REID_FILES = ("reid_raw.json", "ICFG-PEDES.json", "ICFG_PEDES.json", "data_captions.json")
+REID_SETS = {   # annotation files, and where they come from
+    "CUHK-PEDES": (["reid_raw.json"], "github.com/ShuangLI59/Person-Search-with-Natural-Language-Description"),
+    "ICFG-PEDES": (["ICFG-PEDES.json", "ICFG_PEDES.json"], "github.com/zifyloo/SSAN"),
+    "RSTPReid": (["data_captions.json"], "github.com/NjtechCVLab/RSTPReid-Dataset")}
 
 
-def read_reid(root, split):
-    """CUHK-PEDES, ICFG-PEDES or RSTPReid, told apart by the annotation file in root -> Pairs with ids.
+def read_reid(root, split, dataset=None):
+    """CUHK-PEDES, ICFG-PEDES or RSTPReid, by default told apart by the annotation file in root -> Pairs with ids.
 
     Training ids are mapped to 0..n-1 in sorted order; those of val and test stay as they are. Pictures lie under
-    `imgs/`. ICFG-PEDES has no val split, and its folders train/ and test/ are not the split.
+    `imgs/`. ICFG-PEDES has no val split (NoSplit), and its folders train/ and test/ are not the split.
     """
-    root = Path(root)
-    found = [name for name in REID_FILES if (root / name).is_file()]
+    root, sets = Path(root), [dataset] if dataset else list(REID_SETS)
+    found = [root / name for key in sets for name in REID_SETS[key][0] if (root / name).is_file()]
     if not found:
+        wanted = ", or ".join(f"{' or '.join(REID_SETS[key][0])} of {key} ({REID_SETS[key][1]})" for key in sets)
         hint = "; caption_all.json lacks the split" if (root / "caption_all.json").exists() else ""
-        raise FileNotFoundError(f"{root} holds none of {', '.join(REID_FILES)} (CUHK-PEDES, ICFG-PEDES, RSTPReid){hint}")
-    entries = read_json(root / found[0])
-    rows = [entry for entry in entries if entry["split"].lower() == split]
-    if not rows:
-        raise ValueError(f"{root / found[0]} has no picture of split {split!r}; "
-                         f"there are {dict(Counter(entry['split'] for entry in entries))}")
-    ids = [int(row["id"]) for row in rows]
+        raise FileNotFoundError(f"{root} does not hold {wanted}{hint}")
+    rows, person = [], {}
+    for source, entry in read_entries(found[0], split, ("id", "split", "captions")):
+        image = picture_path(root / "imgs", entry.get("file_path") or entry.get("img_path", ""), source)
+        person[image] = int(entry["id"])
+        rows += [(image, caption, source) for caption in entry["captions"] or [""]]
+    pairs = pair_up(rows)
+    pairs.ids = [person[image] for image in pairs.images]
     if split == "train":
-        label = {person: n for n, person in enumerate(sorted(set(ids)))}
-        ids = [label[person] for person in ids]
-    captions = [(text.strip(), n) for n, row in enumerate(rows) for text in row["captions"]]
-    return Pairs([str(root / "imgs" / (row.get("file_path") or row["img_path"])) for row in rows],
-                 [text for text, _ in captions], [n for _, n in captions], ids)
+        label = {old: new for new, old in enumerate(sorted(set(pairs.ids)))}
+        pairs.ids = [label[old] for old in pairs.ids]
+    return pairs
+
+
+def read_folder(root, split):
+    """Pictures of one's own, with `captions.tsv` in lines `picture<TAB>caption` or `picture<TAB>caption<TAB>split` -> Pairs.
+
+    A picture, named from root, may stand in several lines. Pictures without a split are sorted, shuffled with
+    random.seed(2) and dealt out: a tenth, at least one, to val and to test each, the others to train; one or two
+    pictures are all train. Raises NoSplit, or ValueError with the line.
+    """
+    file, rows, split_of = Path(root) / "captions.tsv", [], {}
+    for n, line in enumerate(read_lines(file), 1):
+        name, *rest = line.split("\t")
+        if not line:
+            continue
+        if len(rest) not in (1, 2) or rest[1:] not in ([], ["train"], ["val"], ["test"]):
+            raise ValueError(f"{file}:{n} is not picture<TAB>caption, with or without <TAB>train, val or test")
+        image = picture_path(file.parent, name, f"{file}:{n}")
+        if split_of.setdefault(image, rest[1:]) != rest[1:]:
+            raise ValueError(f"{file}:{n} puts {name} into another split than a line above")
+        rows.append((image, rest[0], f"{file.name}:{n}"))
+    free = sorted(image for image in split_of if not split_of[image])
+    random.Random(2).shuffle(free)
+    tenth = max(1, len(free) // 10) if len(free) > 2 else 0
+    for n, image in enumerate(free):
+        split_of[image] = ["val" if n < tenth else "test" if n < 2 * tenth else "train"]
+    if [split] not in split_of.values():
+        raise NoSplit(f"{file} has no picture of split {split!r}")
+    return pair_up([row for row in rows if split_of[row[0]] == [split]])
 
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-def check_images(paths):
-    """Raise FileNotFoundError that counts the missing pictures by folder, if there are any."""
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        folders = Counter(os.path.dirname(path) for path in missing)
-        raise FileNotFoundError(f"{len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]} ("
-                                + ", ".join(f"{count} in {folder}" for folder, count in folders.most_common(5)) + ")")
+def some(items, limit=20):
+    """The first items in words, and how many more there are."""
+    items = list(items)
+    return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
+
+
+class BadPictures(ValueError):
+    """Pictures that cannot be read; `reasons` says what is wrong, by path."""
+    def __init__(self, reasons):
+        super().__init__(f"{len(reasons)} pictures cannot be read: {some(reasons.values())}")
+        self.reasons = reasons
+
+
+def decode(path, size):
+    """The preprocessed pixels of a picture, uint8 (3, H, W), or in words what is wrong with it."""
+    if not os.path.isfile(path):
+        return f"{path} is missing"
+    try:
+        with Image.open(path) as image:
+            return clip.preprocess(image, size).numpy()
+    except Exception as error:          # a damaged file can raise almost anything in Pillow
+        return f"{path}: {getattr(error, 'strerror', None) or error or type(error).__name__}"
+
+
+def write_pixels(file, paths, size):
+    """Decode pictures into a file that gets its name when it is whole; BadPictures names all that cannot be read."""
+    partial, bad = file.with_suffix(f".{os.getpid()}.partial"), {}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (open(partial, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool,
+              contextlib.closing(pool.map(decode, paths, [size] * len(paths))) as pictures):
+            for path, pixels in zip(paths, tqdm(pictures, "reading pictures", len(paths), leave=False, disable=None)):
+                if isinstance(pixels, str):
+                    bad[path] = pixels
+                else:
+                    out.write(pixels)
+        if bad:
+            raise BadPictures(bad)
+        os.replace(partial, file)       # at once, so that two processes that make the same file do no harm
+    except OSError as error:
+        raise OSError(f"cannot write the picture cache {file}: {error.strerror}; --cache names another folder") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_images(paths, size, cache="runs/cache"):
     """Decoded and preprocessed pictures, uint8 (N, 3, H, W), mapped from a file that is made on first use.
 
-    size: pixels or (H, W), as in `clip.preprocess`. The file in the folder `cache` is named by the paths, their sizes
-    and times of change, so that an edited picture makes a new one. Raises one error that names every bad picture.
+    size: pixels or (H, W), as in `clip.preprocess`. The file in the folder `cache` holds the bare pixels and is named
+    by the paths, their sizes and times of change, so that an edited picture makes a new one; one that was cut off is
+    made again. Raises BadPictures, which names every bad picture, or OSError where the cache cannot be written.
     """
-    check_images(paths)
-    stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    file = Path(cache) / f"{hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:20]}.npy"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        H, W = (size, size) if isinstance(size, int) else size
-        array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), 3, H, W))
-        bad = []
+    stats = [os.stat(path) if os.path.isfile(path) else None for path in paths]
+    marks = [(os.path.abspath(path), stat and (stat.st_size, stat.st_mtime_ns)) for path, stat in zip(paths, stats)]
+    file = Path(cache) / f"{hashlib.sha256(repr((size, marks)).encode()).hexdigest()[:20]}.uint8"
+    shape = (len(paths), 3, *((size, size) if isinstance(size, int) else size))
+    if not file.is_file() or file.stat().st_size != math.prod(shape):
+        write_pixels(file, paths, size)
+    return np.memmap(file, np.uint8, "r", shape=shape)
 
-        def decode(n):
-            try:
-                with Image.open(paths[n]) as image:
-                    array[n] = clip.preprocess(image, size).numpy()
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                bad.append(f"{paths[n]}: {error}")
+
+def keep(pairs, rows):
+    """Pairs with only the captions `rows` (indices) and the pictures that these are about."""
+    images = sorted({pairs.image_of_caption[m] for m in rows})
+    place = {n: k for k, n in enumerate(images)}
+    return Pairs([pairs.images[n] for n in images], [pairs.captions[m] for m in rows],
+                 [place[pairs.image_of_caption[m]] for m in rows],
+                 pairs.ids and [pairs.ids[n] for n in images], pairs.sources and [pairs.sources[m] for m in rows])
+
+
+def load(pairs, size, cache="runs/cache", skip_bad=False):
+    """Check all splits and decode their pictures: {split: Pairs} -> (the same without what is left out, images, notes).
+
+    images: {split: uint8 (N, 3, H, W)}, see `load_images`. Empty captions are left out, and pictures without one.
+    Raises one ValueError that names every bad picture of all splits; skip_bad leaves these out with their captions.
+    notes: what was left out, in lines. A split without a picture is a ValueError.
+    """
+    loaded, images, notes, bad = {}, {}, [], {}
+    for split, part in pairs.items():
+        # differs from PE-RSITR: empty captions are left out (RSITMD has 20, all in its train files)
+        rows = [m for m, caption in enumerate(part.captions) if caption.strip()]
+        if len(rows) < len(part.captions):
+            empty = sorted(set(range(len(part.captions))) - set(rows))
+            places = [part.sources[m] if part.sources else f"caption {m}" for m in empty]
+            notes.append(f"{split}: {len(empty)} empty captions left out: {some(places, 5)}")
+        part = keep(part, rows)
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(tqdm(pool.map(decode, range(len(paths))), "reading pictures", len(paths),
-                          leave=False, disable=None))
-            if bad:
-                raise ValueError(f"{len(bad)} of {len(paths)} pictures cannot be read: {'; '.join(sorted(bad))}")
-            array.flush()
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-    return np.load(file, mmap_mode="r")
+            images[split] = load_images(part.images, size, cache) if part.images else None
+        except BadPictures as error:
+            bad |= error.reasons
+            notes.append(f"{split}: {len(error.reasons)} bad pictures left out: {some(error.reasons.values(), 5)}")
+            part = keep(part, [m for m, n in enumerate(part.image_of_caption) if part.images[n] not in error.reasons])
+            if skip_bad and part.images:
+                images[split] = load_images(part.images, size, cache)
+        if not part.images and not (bad and not skip_bad):
+            raise ValueError(f"the split {split} has no picture with a caption" + "".join(f"; {note}" for note in notes))
+        loaded[split] = part
+    if bad and not skip_bad:
+        raise ValueError(f"{len(bad)} pictures cannot be used: {some(bad.values())}; --skip-bad leaves them out")
+    return loaded, images, notes
+
+
+def erase(images):
+    """Half of the pictures (B, 3, H, W) lose a box of 2 to 40 % of their area to CLIP's mean colour."""
+    B, _, H, W = images.shape
+    area = torch.empty(B, 1, 1).uniform_(0.02, 0.4)
+    aspect = torch.empty(B, 1, 1).uniform_(math.log(0.3), math.log(3.3)).exp()      # height / width
+    aspect = aspect.clamp(area * H / W, H / W / area)       # differs from IRRA: a box that is too long is not redrawn
+    h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
+    top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
+    y, x = torch.arange(H)[:, None], torch.arange(W)
+    box = (y >= top) & (y < top + h) & (x >= left) & (x < left + w) & (torch.rand(B, 1, 1) < 0.5)   # (B, H, W)
+    # differs from IRRA: the box is 0 after normalisation; there it is the mean again, about 0.5
+    mean = 255 * torch.tensor(clip.MEAN, device=images.device).view(3, 1, 1)
+    return torch.where(box[:, None].to(images.device), mean, images)
 
 
 def augment(images, kind):
     """Random changes of a batch (B, 3, H, W) of float pixels, drawn from torch's CPU generator.
 
     "none"; "crop": a window of 60 to 100 % of the area; "aerial": that, turned by a multiple of 90 degrees and mirrored
-    (the ground has no up); "people": mirrored, and moved by up to 10 pixels with black beyond the edge.
-    All of it is one affine map a picture: turns, mirrors and whole-pixel shifts are exact, crops bilinear.
+    (the ground has no up); "people": mirrored, moved by up to 10 pixels with black beyond the edge, half of them erased
+    in part. All but that is one affine map a picture: turns, mirrors and whole-pixel shifts are exact, crops bilinear.
     """
     if kind == "none":
         return images
@@ -229,7 +362,8 @@ def augment(images, kind):
     theta = torch.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], dim=1).view(B, 2, 3)
     grid = F.affine_grid(theta.to(images), images.shape, align_corners=False)
     edge = "zeros" if kind == "people" else "reflection"
-    return F.grid_sample(images, grid, padding_mode=edge, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode=edge, align_corners=False)
+    return erase(images) if kind == "people" else images
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -248,13 +382,17 @@ def epoch_order(pairs, over, seed, epoch):
     return rng.permutation(shuffled[first])
 
 
-def batches(images, tokens, image_of_caption, order, batch_size, start=0):
+def batches(images, tokens, image_of_caption, order, batch_size, start=0, rank=0, world=1):
     """Yield (images uint8 (B, 3, H, W), tokens (B, L), captions (B,)) along `order`, from batch number `start` on.
 
-    The next batch is read in a thread while the caller works on this one; the last may be smaller.
+    The next batch is read in a thread while the caller works on this one; the last may be smaller. Process `rank` of
+    `world` gets its contiguous part of each batch. All parts are equally long: a remainder of fewer than `world`
+    captions is dropped, and a last batch that is no more than that with it.
     """
     image_of_caption = np.asarray(image_of_caption)
     chunks = [order[i:i + batch_size] for i in range(start * batch_size, len(order), batch_size)]
+    chunks = [chunk[rank * (len(chunk) // world):(rank + 1) * (len(chunk) // world)] for chunk in chunks
+              if len(chunk) >= world]
 
     def fetch(chunk):
         rows = torch.from_numpy(chunk)
@@ -478,6 +616,63 @@ def draw_aerial(rng, size=80):
     return photograph(rng, image, rng.uniform(0, HAZE)), describe(rng, land, strip, groups)
 
 
+DYES = "red orange yellow green blue purple pink white black grey brown"
+# what is seen of a person, in the order of painting from the front: its verb in captions, its colours, its kinds and
+# their shapes, in tenths of half the height
+WORN = {
+    "bag": ("carrying", DYES, {"backpack": "body -3.4 -7 3.4 -1.5",
+                               "handbag": "black 2.8 -0.4 3.2 1, body 1.8 1 4.2 3",
+                               "suitcase": "black 2.8 -0.4 3.2 3, body 1.8 3 4.2 9"}),
+    "skin": ("", "pale tan", {"skin": "body -1.7 0 -0.3 0 -1.2 9 -2.2 9, body 1.7 0 0.3 0 1.2 9 2.2 9, "
+                                      "body oval -3 -0.2 0.6 0.7, body oval 3 -0.2 0.6 0.7, body -0.5 -7 0.5 -6"}),
+    "shoes": ("with", DYES, {"shoes": "body oval -2 9.2 1.2 0.7, body oval 2 9.2 1.2 0.7"}),
+    "bottom": ("in", DYES, {"trousers": "body -1.9 -0.5 0 -0.5 -0.7 8.5 -2.6 8.5, body 1.9 -0.5 0 -0.5 0.7 8.5 2.6 8.5",
+                            "shorts": "body -1.9 -0.5 0 -0.5 -0.3 4 -2.4 4, body 1.9 -0.5 0 -0.5 0.3 4 2.4 4",
+                            "skirt": "body -1.7 -0.5 1.7 -0.5 2.9 5 -2.9 5"}),
+    "top": ("wearing", DYES, {
+        "coat": "shade -1 -6 -2.2 -6.2 -3.5 -0.6 -2.5 -0.6, shade 1 -6 2.2 -6.2 3.5 -0.6 2.5 -0.6, body -2.2 -6.4 2.2 2.5",
+        "shirt": "shade -1 -6 -2.2 -6.2 -3.5 -3 -2.5 -3, shade 1 -6 2.2 -6.2 3.5 -3 2.5 -3, body -2.2 -6.4 2.2 0"}),
+    "hair": ("with", "black brown blond grey", {"hair": "body oval 0 -8.2 1.5 1.7",
+                                                "braids": "body oval 0 -8.2 1.5 1.7, body -1.9 -8 -1.1 -3.5, "
+                                                          "body 1.1 -8 1.9 -3.5"}),
+    "face": ("", "pale tan", {"skin": "body oval 0 -7.8 1.1 1.3"}),
+    "hat": ("with", DYES, {"hat": "body -2.1 -9 2.1 -8.4, body oval 0 -9 1.4 1"})}
+
+
+def random_person(rng):
+    """What somebody looks like, {part: "colour kind"}, the same in all pictures; hardly two people are alike."""
+    person = {part: f"{pick(rng, colours.split())} {pick(rng, kinds)}" for part, (_, colours, kinds) in WORN.items()}
+    bare = {part: "no " + part for part in ("bag", "hat") if rng.random() < 0.3}
+    return person | bare | {"face": person["skin"]}
+
+
+def describe_person(rng, person):
+    """One caption: four of six parts in any order, as in the free sentences of CUHK-PEDES."""
+    clauses = []
+    for part in rng.permutation([part for part in WORN if WORN[part][0]])[:4]:
+        words = person[part]
+        article = "" if words.startswith("no ") or words.endswith(("s", "hair")) else "a "
+        clauses.append(f"{WORN[part][0]} {article}{words}".replace(" a orange", " an orange"))
+    return f"{pick(rng, ('a', 'the', 'this'))} person {', '.join(clauses[:3])} and {clauses[3]}"
+
+
+def draw_person(rng, person, size=(96, 48)):
+    """Somebody from the front or the back, in a new place and light: (picture, two captions); size is (H, W)."""
+    height, width = size[0] * SCALE, size[1] * SCALE
+    wall, floor = (paints(rng, rng.uniform(80, 220, 3))["body"] for _ in range(2))
+    image = Image.new("RGB", (width, height), wall)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, rng.uniform(0.5, 0.9) * height, width, height), fill=floor)
+    x, y, r = rng.uniform((0.45, 0.49, 0.42), (0.55, 0.51, 0.48)) * (width, height, height)
+    turn, flip = rng.normal(0, 0.03), pick(rng, (-1, 1))
+    front, back = list(WORN), ["skin", "shoes", "bottom", "top", "hair", "bag", "hat"]
+    for part in pick(rng, (front, back)):
+        colour, kind = person[part].split()
+        if colour != "no":
+            stamp(draw, WORN[part][2][kind], x, y, r, paints(rng, colour), turn, flip)
+    return photograph(rng, image, haze=0), [describe_person(rng, person) for _ in range(2)]
+
+
 @contextlib.contextmanager
 def new_folder(root):
     """A folder that gets its name only when it is whole, so that a part is never taken for the whole."""
@@ -485,7 +680,8 @@ def new_folder(root):
     try:
         draft.mkdir(parents=True)
         yield draft
-        draft.rename(root)
+        if not Path(root).exists():         # another process may have been faster
+            draft.rename(root)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -513,40 +709,80 @@ def write_world(root, draw, images, test, seed, size=80):
             (draft / f"{split}_caps.txt").write_text("\n".join(captions[split]) + "\n")
 
 
+def write_people(root, people, views, seed, size=(96, 48)):
+    """Draw views of people in RSTPReid's layout: 70 % of the people for train, 10 % val, 20 % test.
+
+    Person i depends on (seed, i) alone. A folder that exists is left as it is.
+    """
+    if Path(root).exists():
+        return
+    with new_folder(root) as draft:
+        (draft / "imgs").mkdir()
+        entries = []
+        for i in range(people):
+            rng = np.random.default_rng((seed, i))
+            person = random_person(rng)
+            split = "train" if i < 0.7 * people else "val" if i < 0.8 * people else "test"
+            for view in range(views):
+                image, captions = draw_person(rng, person, size)
+                name = f"{i:04d}_{view:02d}.png"
+                image.save(draft / "imgs" / name, compress_level=1)
+                entries.append({"id": i, "img_path": name, "captions": captions, "split": split})
+        (draft / "data_captions.json").write_text(json.dumps(entries))
+
+
 # ---------------------------------------------------------------------------------------------- data sets by name
 
-DATASETS = ("toy-aerial", "toy-ground", "ucm", "rsicd", "rsitmd", "precomp", "karpathy")
-WORLDS = {"toy-ground": (draw_ground, 6000, 400, 0), "toy-aerial": (draw_aerial, 2000, 400, 1)}   # images, test, seed
+DATASETS = ("toy-aerial", "toy-ground", "toy-people", "ucm", "rsicd", "rsitmd", "precomp", "karpathy", *REID_SETS,
+            "folder")
+WORLDS = {  # how each is drawn on first use
+    "toy-ground": lambda root: write_world(root, draw_ground, images=6000, test=400, seed=0),
+    "toy-aerial": lambda root: write_world(root, draw_aerial, images=2000, test=400, seed=1),
+    "toy-people": lambda root: write_people(root, people=500, views=6, seed=2)}
 
 
 def read(dataset, root, split):
     """One split of a data set by name -> Pairs. root is its folder; the toy worlds are drawn there on first use."""
     if dataset in WORLDS:
-        draw, images, test, seed = WORLDS[dataset]
         root = root or f"runs/{dataset}-world"
-        write_world(root, draw, images, test, seed)
+        WORLDS[dataset](root)
     if not root:
         raise ValueError(f"--dataset {dataset} needs --data-root, the folder it lies in")
-    reader = {"karpathy": read_karpathy_json, "reid": read_reid}.get(dataset, read_precomp)
-    return reader(root, split)
+    if dataset in REID_SETS:
+        return read_reid(root, split, dataset)
+    readers = {"karpathy": read_karpathy_json, "folder": read_folder, "toy-people": read_reid}
+    return readers.get(dataset, read_precomp)(root, split)
+
+
+def check(dataset, root):
+    """Print what each split holds -> all that is wrong, as a list of lines; a split that does not exist is not wrong."""
+    wrong = []
+    for split in ("train", "val", "test"):
+        try:
+            pairs = read(dataset, root, split)
+        except NoSplit as error:
+            print(f"{split:5} no such split: {error}")
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+        else:
+            print(f"{split:5} {len(pairs.images):6d} pictures {len(pairs.captions):6d} captions, "
+                  f"{len(set(pairs.captions)):6d} of them distinct, {pairs.captions.count('')} empty"
+                  + (f", {len(set(pairs.ids))} ids" if pairs.ids else ""))
+            folders = Counter(os.path.dirname(path) for path in pairs.images if not os.path.isfile(path))
+            wrong += [f"{split}: {count} pictures missing in {folder}" for folder, count in folders.items()]
+    return list(dict.fromkeys(wrong))
 
 
 def main():
-    """Print what each split holds; the first thing missing ends it with exit code 2."""
+    """Print what each split holds, and all that is missing; exit code 2 if something is."""
     parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is missing.")
-    parser.add_argument("dataset", choices=(*DATASETS, "reid"))
+    parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data-root", help="its folder")
     args = parser.parse_args()
-    try:
-        for split in ("train", "val", "test"):
-            pairs = read(args.dataset, args.data_root, split)
-            print(f"{split:5} {len(pairs.images):6d} pictures {len(pairs.captions):6d} captions, "
-                  f"{len(set(pairs.captions)):6d} of them distinct"
-                  + (f", {len(set(pairs.ids))} ids" if pairs.ids else ""))
-            check_images(pairs.images)
-    except (ValueError, OSError) as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    wrong = check(args.dataset, args.data_root)
+    for line in wrong:
+        print(f"data.py: error: {line}", file=sys.stderr)
+    sys.exit(2 if wrong else 0)
 
 
 if __name__ == "__main__":
