@@ -15,6 +15,7 @@ Shapes: N pictures, M captions, Q queries, G gallery items, D joint width.
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -29,62 +30,155 @@ import clip
 import data
 
 RECALLS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+REID = ["R1", "R5", "R10", "mAP", "mINP"]
+COLUMNS = {     # of a table, by the headline figure: name in the metrics -> head of the column
+    "mR": dict(zip([*RECALLS, "mR"], ["i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "mR"])),
+    "R1": dict(zip(REID, REID))}
 
 
 # ---------------------------------------------------------------------------------------------- metrics
 
-def hit_rates(similarity, query_ids, gallery_ids, ks=(1, 5, 10), chunk=1024):
-    """Probability that the top K holds an item of the query's own id, averaged over queries -> one value per K.
+class Product:
+    """The similarities of features, queries (Q, D) @ gallery (G, D).T, worked out for the rows asked for: stands for
+    the matrix (Q, G) where that is too large. Equal gallery items score equally to the bit, which one product over
+    all of them does not promise."""
 
-    similarity (Q, G). With g items strictly above the best own item's score, and t items tied with it of which p are
-    own, P(hit) = 1 - C(t-p, K-g) / C(t, K-g): the chance that K-g draws out of the tied ones meet an own one.
-    Worked in chunks of queries, so that only `chunk` x G of anything but the similarities is in memory.
+    def __init__(self, queries, gallery):
+        self.queries, self.gallery, self.shape = queries, gallery, (len(queries), len(gallery))
+        self.distinct, self.place = gallery.unique(dim=0, return_inverse=True)
+
+    def __getitem__(self, rows):
+        return (self.queries[rows] @ self.distinct.T)[:, self.place]          # (B, G)
+
+    @property
+    def T(self):
+        return Product(self.gallery, self.queries)
+
+
+def count_ties(similarity, query_ids, gallery_ids, size=2 ** 24):
+    """Where each query's own items, those of its id, stand in the gallery -> (above, tied, own_above, own_tied).
+
+    Each is (Q, P) float64, P being the most own items a query has: how many gallery items score strictly more than
+    this own item, how many the same (itself included), and how many of these are own ones. The worst own item comes
+    first; a query with fewer than P has zeros in front. Works on about `size` scores of similarity (Q, G) at a time.
+    Raises ValueError for NaN, shapes that do not fit, or a query without an item of its own.
     """
-    hits = torch.zeros(len(ks), dtype=torch.float64)
-    for rows in torch.arange(len(similarity)).split(chunk):
-        scores = similarity[rows]
+    if tuple(similarity.shape) != (*query_ids.shape, *gallery_ids.shape) or 0 in similarity.shape:
+        raise ValueError(f"similarity {tuple(similarity.shape)} does not fit {tuple(query_ids.shape)} queries and a "
+                         f"gallery of {tuple(gallery_ids.shape)}")
+    P, counts = int(gallery_ids.unique(return_counts=True)[1].max()), []
+    for rows in torch.arange(len(query_ids)).split(max(1, size // len(gallery_ids))):
+        scores, own = similarity[rows], query_ids[rows, None] == gallery_ids  # (B, G)
         if not torch.isfinite(scores).all():
             raise ValueError("similarities hold NaN or infinite values: the features are broken, not just bad")
-        own = query_ids[rows][:, None] == gallery_ids[None, :]
         if not own.any(dim=1).all():
-            missing = rows[~own.any(dim=1)][0]
-            raise ValueError(f"query {int(missing)} (id {int(query_ids[missing])}) has no match in the gallery")
-        best = scores.masked_fill(~own, float("-inf")).amax(dim=1, keepdim=True)
-        above = (scores > best).sum(dim=1).double()                           # g
-        tied = (scores == best).sum(dim=1).double()                           # t
-        tied_own = ((scores == best) & own).sum(dim=1).double()               # p
-        for n, k in enumerate(ks):
-            draws, miss = (k - above).clamp(min=0), torch.ones(len(rows), dtype=torch.float64)
-            for i in range(k):      # C(t-p, d) / C(t, d) = product over i < d of (t-p-i) / (t-i)
-                drawn = (i < draws) & (i < tied)
-                miss = torch.where(drawn, miss * ((tied - tied_own - i).clamp(min=0) / (tied - i).clamp(min=1)), miss)
-            hits[n] += (1 - miss).sum()
-    return (100 * hits / len(similarity)).tolist()
+            lost = int(rows[~own.any(dim=1)][0])
+            raise ValueError(f"query {lost} (id {int(query_ids[lost])}) has no match in the gallery")
+        own = np.sort(scores.masked_fill(~own, -math.inf).numpy())[:, -P:]    # ascending, (B, P)
+        ranked, own = torch.from_numpy(np.sort(scores.numpy())), torch.from_numpy(own.copy())
+        for among in (ranked, own):
+            below, upto = torch.searchsorted(among, own), torch.searchsorted(among, own, right=True)
+            counts += [(among.shape[1] - upto) * own.isfinite(), (upto - below) * own.isfinite()]
+    return [torch.cat(counts[n::4]).double() for n in (0, 1, 2, 3)]
+
+
+def expected_hits(above, tied, own_tied, k):
+    """Probability that the top K holds an own item, (Q,), from the counts of each query's best own item.
+
+    With g items above it and t tied, p of them own, it is 1 - C(t-p, K-g) / C(t, K-g): the chance that K-g draws out of
+    the tied ones meet an own one.
+    """
+    miss = torch.ones_like(above)
+    for i in range(k):      # C(t-p, d) / C(t, d) = product over i < d of (t-p-i) / (t-i)
+        draw = (tied - own_tied - i).clamp(min=0) / (tied - i).clamp(min=1)
+        miss = torch.where(i < k - above, miss * draw, miss)
+    return 1 - miss
+
+
+def expected_precision(above, tied, own_above, own_tied):
+    """Expected average precision, (Q,): the mean over own items of j / r, the j-th of them being at rank r.
+
+    An own item stands at rank r = g + i, i = 1..t alike, and there j = c + 1 + (i-1) (p-1) / (t-1) is expected, with c
+    own items above. As j is linear in r, the mean over i needs only that of 1 / r, from harmonic numbers.
+    """
+    steps = torch.arange(1, int((above + tied).max()) + 1, dtype=torch.float64)
+    harmonic = torch.cat([torch.zeros(1, dtype=torch.float64), (1 / steps).cumsum(0)])
+    inverse_rank = (harmonic[(above + tied).long()] - harmonic[above.long()]) / tied.clamp(min=1)
+    slope = (own_tied - 1) / (tied - 1).clamp(min=1)
+    precision = slope + (own_above + 1 - slope * (above + 1)) * inverse_rank  # (Q, P)
+    return precision.where(tied > 0, 0).sum(dim=1) / (tied > 0).sum(dim=1)
+
+
+def expected_penalty(above, tied, own_tied):
+    """Expected 1 / rank of the last own item, (Q,), from the counts of each query's worst own item.
+
+    The last of p own items among t tied is at place m of them with probability C(m-1, p-1) / C(t, p), m = p..t.
+    """
+    place, weight, total = tied, own_tied / tied, torch.zeros_like(tied)
+    while weight.any():     # from m = t down to p
+        total = total + weight / (above + place)
+        weight = weight * (place - own_tied) / (place - 1).clamp(min=1)
+        place = place - 1
+    return total
 
 
 def retrieval_metrics(similarity, image_of_caption):
     """Recalls of image-text retrieval in percent, ties at their expected value (see the head of this file).
 
-    similarity (N, M): pictures x captions. image_of_caption (M,): the picture each caption is about.
-    Returns {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR"}. Two pictures, captions 0 and 1
-    about the first: [[.9, .1, .3], [.2, .3, .4]] -> i2t R@1 100, t2i R@1 66.7 (caption 1 prefers the second picture).
+    similarity (N, M): pictures x captions, a matrix or a Product. image_of_caption (M,): the picture each caption is
+    about. Returns {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR"}. Two pictures, captions 0
+    and 1 about the first: [[.9, .1, .3], [.2, .3, .4]] -> i2t R@1 100, t2i R@1 66.7 (caption 1 prefers the second).
     Raises ValueError for NaN, shapes that do not fit, or a picture without caption.
     """
-    similarity = torch.as_tensor(similarity).float().cpu()
-    image_of_caption = torch.as_tensor(image_of_caption)
-    if similarity.ndim != 2 or image_of_caption.shape != (similarity.shape[1],):
-        raise ValueError(f"similarity {tuple(similarity.shape)} (pictures x captions) does not fit "
-                         f"{tuple(image_of_caption.shape)} caption indices")
-    images = torch.arange(len(similarity))
-    recalls = hit_rates(similarity, images, image_of_caption) + hit_rates(similarity.T, image_of_caption, images)
-    metrics = dict(zip(RECALLS, recalls))
-    metrics["mR"] = sum(recalls) / 6
-    return metrics
+    similarity = as_matrix(similarity)
+    images, captions = torch.arange(similarity.shape[0]), torch.as_tensor(image_of_caption)
+    recalls = []
+    for way in ((similarity, images, captions), (similarity.T, captions, images)):
+        above, tied, _, own_tied = (count[:, -1] for count in count_ties(*way))
+        recalls += [100 * expected_hits(above, tied, own_tied, k).mean().item() for k in (1, 5, 10)]
+    return {**dict(zip(RECALLS, recalls)), "mR": sum(recalls) / 6}
+
+
+def reid_metrics(similarity, query_ids, gallery_ids):
+    """Metrics of re-identification in percent, means over queries, ties at their expected value.
+
+    similarity (Q, G): captions x pictures, a matrix or a Product; ids (Q,) and (G,). An item of the query's id is
+    relevant. Returns {"R1", "R5", "R10", "mAP", "mINP"}: with relevant items at ranks r_1 < ... < r_P, Rank-k is
+    [r_1 <= k], AP the mean of j / r_j (Market-1501), INP is P / r_P (arXiv 2001.04193). No camera filter.
+    Raises ValueError for NaN, shapes that do not fit, or a query without an item of its id.
+    """
+    counts = count_ties(as_matrix(similarity), torch.as_tensor(query_ids), torch.as_tensor(gallery_ids))
+    above, tied, _, own_tied = (count[:, -1] for count in counts)
+    metrics = {f"R{k}": expected_hits(above, tied, own_tied, k) for k in (1, 5, 10)}
+    metrics["mAP"] = expected_precision(*counts)
+    owned = (counts[1] > 0).sum(dim=1)                                        # P of each query
+    above, tied, _, own_tied = (count.gather(1, count.shape[1] - owned[:, None])[:, 0] for count in counts)
+    metrics["mINP"] = owned * expected_penalty(above, tied, own_tied)
+    return {name: 100 * value.mean().item() for name, value in metrics.items()}
+
+
+def as_matrix(similarity):
+    """Nested lists, an array or a tensor as float32 on the CPU; a Product as it is."""
+    return similarity if isinstance(similarity, Product) else torch.as_tensor(similarity).float().cpu()
+
+
+def split_metrics(similarity, pairs):
+    """Metrics of one split, similarity (N, M) of its pictures and captions: re-identification's if there are ids."""
+    if pairs.ids is None:
+        return retrieval_metrics(similarity, pairs.image_of_caption)
+    ids = torch.tensor(pairs.ids)
+    return reid_metrics(similarity.T, ids[pairs.image_of_caption], ids)
 
 
 def chance(pairs):
     """What a model scores for which everything is equally similar."""
-    return retrieval_metrics(torch.zeros(1, 1).expand(len(pairs.images), len(pairs.captions)), pairs.image_of_caption)
+    return split_metrics(torch.zeros(1, 1).expand(len(pairs.images), len(pairs.captions)), pairs)
+
+
+def headline(metrics):
+    """The one figure that stands for the others, (name, value): it chooses the best epoch and orders the tables."""
+    name = "mR" if "mR" in metrics else "R1"
+    return name, metrics[name]
 
 
 # ---------------------------------------------------------------------------------------------- encoding
@@ -113,12 +207,12 @@ def encode_texts(model, tokens, batch_size=256):
 
 
 def evaluate(model, tokenizer, pairs, images, precision="fp32"):
-    """Recalls of one model on one split: pairs from a reader of data.py, images its uint8 array (N, 3, H, W)."""
+    """Metrics of one model on one split: pairs from a reader of data.py, images its uint8 array (N, 3, H, W)."""
     model.eval()
     tokens = tokenizer(pairs.captions, model.config.context_length)
     with torch.autocast(model.logit_scale.device.type, torch.bfloat16, enabled=precision == "bf16"):
         image_features, text_features = encode_images(model, images), encode_texts(model, tokens)
-    return retrieval_metrics(image_features @ text_features.T, pairs.image_of_caption)
+    return split_metrics(Product(image_features, text_features), pairs)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -169,15 +263,23 @@ def label(settings):
     return f"{what}, {settings['loss']}{', same masked' * settings['mask_same']}"
 
 
+def markdown(rows):
+    """Markdown table of rows of strings, the first being the head; the columns line up in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[cell.rjust(width) if n else cell.ljust(width) for n, (cell, width) in enumerate(zip(row, widths))]
+             for row in rows]
+    lines = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([lines[0], "|:--" + "|--:" * (len(widths) - 1) + "|", *lines[1:]])
+
+
 def table(rows):
     """Markdown table of results. rows: (label, trained parameters or None, share in percent, metrics)."""
-    lines = ["| | trained | share | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | mR |",
-             "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for label, trained, share, metrics in rows:
-        size = ("", "") if trained is None else (f"{trained:,}".replace(",", " "), f"{share:.2f} %")
-        values = [f"{metrics[name]:5.2f}" for name in [*RECALLS, "mR"]]
-        lines.append("| " + " | ".join([f"{label:24}", f"{size[0]:>9}", f"{size[1]:>8}", *values]) + " |")
-    return "\n".join(lines)
+    columns = COLUMNS[headline(rows[0][3])[0]]
+    lines = [["", "trained", "share", *columns.values()]]
+    for name, trained, share, metrics in rows:
+        size = ["", ""] if trained is None else [f"{trained:,}".replace(",", " "), f"{share:.2f} %"]
+        lines.append([name, *size, *(f"{metrics[column]:.2f}" for column in columns)])
+    return markdown(lines)
 
 
 def summarize(folders):
@@ -190,17 +292,19 @@ def summarize(folders):
         run = json.loads(path.read_text())
         same = {k: v for k, v in run["settings"].items() if k not in ("seed", "out", "resume", "cache")}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    lines = ["| | trained | share | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | mR | seeds | minutes | GB |",
-             "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    columns = COLUMNS[headline(next(iter(groups.values()))[0]["rows"][-1][3])[0]]
+    lines = [["", "trained", "share", *columns.values(), "seeds", "minutes", "GB"]]
     for runs in groups.values():
-        _, trained, share, _ = runs[0]["rows"][-1]
-        values = {name: np.array([run["rows"][-1][3][name] for run in runs]) for name in [*RECALLS, "mR"]}
-        spread = f" ± {values['mR'].std(ddof=1):.2f}" if len(runs) > 1 else ""
-        lines.append("| " + " | ".join([
-            label(runs[0]["settings"]), f"{trained:,}".replace(",", " "), f"{share:.2f} %",
-            *(f"{values[name].mean():.2f}" for name in RECALLS), f"{values['mR'].mean():.2f}{spread}", str(len(runs)),
-            f"{np.mean([run['minutes'] for run in runs]):.1f}", f"{max(run['memory_gb'] for run in runs):.1f}"]) + " |")
-    return "\n".join(lines)
+        _, trained, share, metrics = runs[0]["rows"][-1]
+        values = {name: np.array([run["rows"][-1][3][name] for run in runs]) for name in columns}
+        cells = {name: f"{value.mean():.2f}" for name, value in values.items()}
+        if len(runs) > 1:
+            name, _ = headline(metrics)
+            cells[name] += f" ± {values[name].std(ddof=1):.2f}"
+        lines.append([label(runs[0]["settings"]), f"{trained:,}".replace(",", " "), f"{share:.2f} %", *cells.values(),
+                      str(len(runs)), f"{np.mean([run['minutes'] for run in runs]):.1f}",
+                      f"{max(run['memory_gb'] for run in runs):.1f}"])
+    return markdown(lines)
 
 
 def plot_curve(history, path, size=(720, 360)):

@@ -71,8 +71,9 @@ def test_the_order_of_the_gallery_does_not_matter():
 
 def test_chunks_do_not_change_the_result():
     similarity = (torch.rand(50, 50, generator=torch.Generator().manual_seed(3)) * 9).round()
-    ids = torch.arange(50)
-    assert eval.hit_rates(similarity, ids, ids, chunk=7) == pytest.approx(eval.hit_rates(similarity, ids, ids))
+    ids = torch.arange(50) % 20
+    whole, chunks = eval.count_ties(similarity, ids, ids), eval.count_ties(similarity, ids, ids, size=7 * 50)
+    assert all(torch.equal(a, b) for a, b in zip(whole, chunks))
 
 
 def test_nan_is_an_error():
@@ -102,3 +103,61 @@ def test_each_distinct_caption_is_encoded_once():
     features = eval.encode_texts(Model(), tokens)
     assert features.tolist() == [[1, 5], [1, 9], [1, 5], [2, 9]]
     assert len(Model.seen) == 3
+
+
+# ---------------------------------------------------------------- re-identification
+
+# three captions, five pictures; the relevant ones are at ranks (1, 3), (2, 5) and 2
+EXAMPLE = ([[.9, .8, .7, .6, .5], [.1, .9, .2, .8, .3], [.5, .4, .3, .2, .1]], [1, 1, 2], [1, 2, 1, 2, 3])
+
+
+def reid_by_permutation(scores, own):
+    """Expected R1, R5, R10, AP, INP of one query, the slow way: ranked in every order of the tied items."""
+    values = []
+    for order in itertools.permutations(range(len(scores))):
+        ranked = [own[j] for j in sorted(order, key=lambda j: -scores[j])]
+        ranks = [r for r, relevant in enumerate(ranked, 1) if relevant]
+        values.append([ranks[0] <= k for k in (1, 5, 10)]
+                      + [sum(j / r for j, r in enumerate(ranks, 1)) / len(ranks), len(ranks) / ranks[-1]])
+    return [100 * sum(column) / len(values) for column in zip(*values)]
+
+
+def test_the_worked_example_of_re_identification():
+    metrics = eval.reid_metrics(*EXAMPLE)
+    assert metrics == pytest.approx({"R1": 100 / 3, "R5": 100, "R10": 100, "mAP": 55.277778, "mINP": 52.222222})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ties_in_re_identification_count_as_their_expected_value(seed):
+    rng = random.Random(seed)
+    gallery_ids = [0, 1, 1, 2, 2, 2, rng.choice([0, 1, 2])]
+    query_ids = [0, 1, 2]
+    similarity = [[rng.choice([0.1, 0.2, 0.3]) for _ in gallery_ids] for _ in query_ids]
+    rows = [reid_by_permutation(row, [g == q for g in gallery_ids]) for row, q in zip(similarity, query_ids)]
+    expected = [sum(column) / 3 for column in zip(*rows)]
+    assert list(eval.reid_metrics(similarity, query_ids, gallery_ids).values()) == pytest.approx(expected)
+
+
+def test_re_identification_without_ties_is_a_double_loop():
+    generator = torch.Generator().manual_seed(4)
+    similarity, gallery_ids = torch.rand(40, 90, generator=generator), torch.randint(0, 12, (90,), generator=generator)
+    query_ids = gallery_ids[:40]
+    sums = dict.fromkeys(("R1", "R5", "R10", "mAP", "mINP"), 0.0)
+    for row, q in zip(similarity.tolist(), query_ids.tolist()):
+        ranked = sorted(range(90), key=lambda j: -row[j])
+        found, precision = 0, 0.0
+        for r, j in enumerate(ranked, 1):
+            if gallery_ids[j] == q:
+                found, last, precision = found + 1, r, precision + (found + 1) / r
+                if found == 1:
+                    for k in (1, 5, 10):
+                        sums[f"R{k}"] += r <= k
+        sums["mAP"] += precision / found
+        sums["mINP"] += found / last
+    expected = {name: 100 * value / 40 for name, value in sums.items()}
+    assert eval.reid_metrics(similarity, query_ids, gallery_ids) == pytest.approx(expected)
+
+
+def test_a_caption_without_a_picture_of_its_person_is_an_error():
+    with pytest.raises(ValueError, match=r"query 1 \(id 7\) has no match"):
+        eval.reid_metrics([[0.3, 0.1], [0.2, 0.3]], [0, 7], [0, 1])
