@@ -2,17 +2,20 @@
 
     python train.py                 no data, no network: draws two worlds, pre-trains a tiny CLIP on the one and moves
                                     it to the other, by an MRS-Adapter and by full fine-tuning; about four minutes
-    python train.py --dataset ucm --data-root ucm_precomp --model ViT-B/32          the first paper: MRS + HMMC
+    python train.py --dataset ucm --data-root ucm_precomp                           the first paper: MRS + HMMC
     python train.py --dataset ucm --data-root ucm_precomp --method none --train backbone --loss contrastive
-    python train.py --dataset rsicd --data-root rsicd_precomp --model small --method none --train all \\
-        --loss contrastive                                                          a small CLIP from scratch
+    python train.py --dataset CUHK-PEDES --data-root CUHK-PEDES --out runs/stage1   the second paper, stage 1
+    python train.py --dataset CUHK-PEDES --data-root CUHK-PEDES --init runs/stage1 --train backbone     and stage 2
+    torchrun --nproc-per-node 8 train.py ...                                        on eight GPUs
 
-A run is a folder: best.pt (best validation mR), last.pt (to resume), log.csv, metrics.json, curve.png, log.txt.
+A run is a folder: best.pt (best on validation), last.pt (to resume), log.csv, metrics.json, curve.png, log.txt.
 Every random number of a step is drawn from (seed, step), so that a resumed run ends as the unbroken one.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -24,6 +27,8 @@ import timeit
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -35,44 +40,53 @@ import losses
 
 FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # sizes without weights to load: BPE merges learned from the captions
 TOY_CLIP = "runs/toy-clip"                      # what --model toy means: tiny, pre-trained on the drawn ground world
+SDM_SCALE = 50.0                                # 1 / temperature of SDM, fixed as in IRRA
+SAVE_EVERY = 600                                # seconds between two last.pt within an epoch
 
-# recipes: what the flags default to. `paper` is PE-RSITR's for frozen CLIP; the others are ours
+# recipes: what the flags default to. PAPER is PE-RSITR's for frozen CLIP; the others are ours. Prompt decoupling does
+# not publish its recipe: REID is the field's (IRRA) with our own stage 1
 PAPER = dict(model="ViT-B/32", epochs=30, batch_size=16, lr=2e-4, schedule="step", warmup=0.0, epoch_over="captions")
 TOY = dict(model="toy", loss="hmmc-softmax", epochs=15, batch_size=64, lr=5e-3, schedule="cosine", warmup=1.0,
            epoch_over="images")
 TOY_SIZES = dict(bottleneck=128, dropout=0.1)   # few steps and few pictures: wide, and little dropout
 SCRATCH = dict(epochs=20, batch_size=128, lr=1e-3, schedule="cosine", warmup=1.0, epoch_over="images",
                weight_decay=0.1)
+REID = dict(model="ViT-B/16", image_size=(384, 128), method="prompts", loss="sdm", augment="people", epochs=10,
+            batch_size=64, lr=3e-4, schedule="cosine", warmup=1.0, epoch_over="captions", weight_decay=4e-5)
+REID_TUNED = dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0)            # --train backbone or all
+TOY_PEOPLE = dict(model="toy", image_size=(96, 48), epochs=8, lr=5e-3)
+TOY_PEOPLE_TUNED = dict(epochs=8, lr=5e-4, warmup=1.0)
 
 
 # ---------------------------------------------------------------------------------------------- 1. settings
 
-def parse(argv=None):
-    """Settings from the command line; the defaults follow the data set and the model."""
+def make_parser():
+    """Every flag, in groups; the defaults are replaced by those of the recipe, see `parse`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def group(title, **flags):
         add = parser.add_argument_group(title).add_argument
         for name, options in flags.items():
-            default = " (default: %(default)s)" if "default" in options else ""
+            default = " (default: %(default)s)" if options.get("default") is not None else ""
             add("--" + name.replace("_", "-"), **{**options, "help": options["help"] + default})
     group("data",
           dataset=dict(default="toy-aerial", choices=data.DATASETS, help="what to train on"),
           data_root=dict(metavar="DIR", help="folder of the data set; the toy worlds draw theirs"),
           epoch_over=dict(default="captions", choices=("captions", "images"),
                           help="an epoch is every caption once, or every picture once with one of its captions"),
-          test_split=dict(default="test", choices=("test", "val"),
-                          help="val where the test files are not at hand; its figures are then optimistic"),
           augment=dict(default="none", choices=("none", "crop", "aerial", "people"),
-                       help="crop: 60-100 %% of the area; aerial: also quarter turns and mirrors; people: mirror, shift"),
-          cache=dict(default="runs/cache", metavar="DIR", help="where decoded pictures are kept"))
+                       help="crop: 60-100 %% of the area; aerial: also quarter turns and mirrors; people: mirror, "
+                            "shift, erase"),
+          skip_bad=dict(action="store_true", help="go on without the pictures that cannot be read"))
     group("model",
           model=dict(default="ViT-B/32", help="published name, weight file, run folder; tiny or small: from scratch; "
                                               "toy: tiny, pre-trained on the drawn ground world"),
-          image_size=dict(type=int, help="pixels; other than the model's, its positional grid is resized"),
+          init=dict(metavar="RUN", help="start from the model, method and weights of this run: stage 2"),
+          image_size=dict(type=int, nargs="+", metavar="PX",
+                          help="pixels, or height and width; other than the model's, its positional grid is resized"),
           activation=dict(choices=("quick_gelu", "gelu"), help="for checkpoints that do not say; OpenAI: quick_gelu"))
     group("method",
-          method=dict(default="mrs", choices=tuple(adapters.METHODS), help="what is added to the frozen CLIP"),
+          method=dict(default="mrs", choices=tuple(adapters.METHODS), help="what is added to CLIP"),
           train=dict(default="method", choices=("method", "backbone", "all"),
                      help="what learns: the added method, CLIP itself, or both"),
           bottleneck=dict(type=int, help="inner width of adapters; 16-128, more for larger data"),
@@ -80,16 +94,20 @@ def parse(argv=None):
           prompt_length=dict(type=int, help="prompt tokens; 2-50"),
           prompt_depth=dict(type=int, help="blocks with prompts, from the first"),
           rank=dict(type=int, help="rank of LoRA; 2-16"),
-          per_block=dict(action="store_true", help="one adapter for each block, not one shared by all"))
+          shared=dict(action="store_true", default=None, help="one adapter for all blocks, where that is not so"),
+          per_block=dict(action="store_false", default=None, dest="shared", help="one adapter for each block"))
     group("loss",
-          loss=dict(default="hmmc", choices=("hmmc", "hmmc-softmax", "contrastive"),
-                    help="hmmc: the paper's hinge on the hardest negatives; hmmc-softmax: its terms as softmax losses"),
+          loss=dict(default="hmmc", choices=("hmmc", "hmmc-softmax", "contrastive", "sdm", "sdm+id"),
+                    help="hmmc: the paper's hinge on the hardest negatives; hmmc-softmax: its terms as softmax losses; "
+                         "sdm, sdm+id: for data with person ids"),
           margin=dict(type=float, default=0.2, help="of hmmc, cosine units; 0.05-0.3, lower if the loss stays up"),
-          view_dropout=dict(type=float, default=0.2, help="token dropout of HMMC's second view; 0.1-0.3"),
           mask_same=dict(action="store_true", help="pairs that share a picture or a caption are no negatives"))
     group("optimisation",
           epochs=dict(type=int, default=30, help="passes over the data; 10-30"),
-          batch_size=dict(type=int, default=16, help="pairs; contrastive losses gain up to 512 and more"),
+          batch_size=dict(type=int, default=16, help="pairs, over all processes; contrastive losses gain up to 512 "
+                                                     "and more"),
+          chunk=dict(type=int, metavar="PAIRS", help="run a batch through in pieces of this size: same gradient, less "
+                                                     "memory, about 1.4x the time"),
           lr=dict(type=float, default=2e-4, help="Adam's; adapters 1e-4 to 2e-3, CLIP itself 1e-6 to 1e-5; "
                                                  "a third of it when the loss jumps or turns NaN"),
           schedule=dict(default="step", choices=("step", "cosine"), help="step: x 0.7 from epoch 19 on; cosine: to 0"),
@@ -101,34 +119,133 @@ def parse(argv=None):
           seed=dict(type=int, default=0, help="of everything random"),
           precision=dict(default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"),
           device=dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1"))
+    return parser
 
-    # the recipe, and so the defaults that --help shows, depends on some flags: these are read first
-    argv = sys.argv[1:] if argv is None else argv
-    first = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
-    if first.dataset.startswith("toy-"):
-        sizes = adapters.METHODS[first.method][1]
-        parser.set_defaults(**TOY, **{name: value for name, value in TOY_SIZES.items() if name in sizes})
-    else:
-        parser.set_defaults(**PAPER)
-    if first.train != "method":
-        parser.set_defaults(lr=5e-4 if first.dataset.startswith("toy-") else 1e-5)
+
+def recipe(first):
+    """Defaults that follow from the data set, the model and what learns."""
+    if first.dataset in data.REID_SETS:
+        return {**REID, **(REID_TUNED if first.train != "method" else {})}
+    if first.dataset == "toy-people":
+        return {**REID, **TOY_PEOPLE, **({**REID_TUNED, **TOY_PEOPLE_TUNED} if first.train != "method" else {})}
     if first.model in FROM_SCRATCH:
-        parser.set_defaults(**SCRATCH)
+        return SCRATCH
+    if not first.dataset.startswith("toy-"):
+        return {**PAPER, **(dict(lr=1e-5) if first.train != "method" else {})}
+    sizes = {name: value for name, value in TOY_SIZES.items() if name in adapters.METHODS[first.method][1]}
+    return {**TOY, **sizes, **(dict(lr=5e-4) if first.train != "method" else {})}
+
+
+SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")    # of a method
+INHERITED = ("model", "method", "image_size", "activation", *SIZES)                     # what --init brings with it
+
+
+def parse(argv=None):
+    """Settings from the command line; the defaults are the recipe's, or for the model those of the run in --init."""
+    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    # what the defaults that --help shows depend on is read first
+    first = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
+    parser.set_defaults(**recipe(first))
+    if first.init:
+        saved = eval.load_checkpoint(first.init)
+        start = {name: saved["settings"][name] for name in INHERITED}
+        if "state_dict" in saved:           # its CLIP is no longer the one it started from
+            start["model"] = first.init
+        parser.set_defaults(**start)
     args = parser.parse_args(argv)
-    args.sizes = {name: getattr(args, name) 
-                  for name in ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank")}
-    args.sizes["shared"] = False if args.per_block else None
-    if args.method == "none" and args.train == "method":
-        parser.error("--method none leaves nothing to train: add --train backbone, or test plain CLIP with eval.py")
-    if args.model in FROM_SCRATCH and args.train != "all":
-        parser.error(f"--model {args.model} has no weights yet: it needs --train all, with --method none")
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    if isinstance(args.image_size, list):
+        args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
+    if first.init:
+        for name in INHERITED:
+            if getattr(args, name) != start[name]:
+                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in --init has {start[name]}")
+    for wrong, message in mistakes(args):
+        if wrong:
+            parser.error(message)
+    args.sizes = {name: getattr(args, name) for name in SIZES}
     return args
 
 
-# ---------------------------------------------------------------------------------------------- 2. model
+def mistakes(args):
+    """What no run can be made of, as pairs: whether it is so, and the line that says what to do."""
+    yield args.method == "none" and args.train == "method", \
+        "--method none leaves nothing to train: add --train backbone, or test plain CLIP with eval.py"
+    yield args.model in FROM_SCRATCH and args.train != "all", \
+        f"--model {args.model} has no weights yet: it needs --train all, with --method none"
+    yield args.resume and not args.out, "--resume needs --out, the folder of the run to go on with"
+    yield args.image_size is not None and isinstance(args.image_size, tuple) and len(args.image_size) != 2, \
+        f"--image-size takes one number or two, height and width, not {len(args.image_size or ())}"
+    for name in ("epochs", "batch_size", "chunk"):
+        value = getattr(args, name)
+        yield value is not None and value < 1, f"--{name.replace('_', '-')} {value}: at least 1 is needed"
+    for name, low, high in (("lr", 0, 1), ("margin", 0, 2), ("dropout", 0, 1), ("weight_decay", 0, 10)):
+        value = getattr(args, name)
+        yield value is not None and not low <= value <= high, f"--{name.replace('_', '-')} {value}: {low} to {high}"
+    yield args.warmup > args.epochs or args.warmup < 0, \
+        f"--warmup {args.warmup:g}: 0 to the {args.epochs} of --epochs"
+    yield args.device.startswith("cuda") and not torch.cuda.is_available(), \
+        f"--device {args.device}: torch sees no such device here; --device cpu works everywhere"
+
+
+# ---------------------------------------------------------------------------------------------- 2. processes
+
+def start_processes(args):
+    """Join the other processes of torchrun, if there are any; each has a device of its own."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(hours=2))
+    if args.batch_size < world():
+        raise ValueError(f"--batch-size {args.batch_size} is less than one pair for each of {world()} processes")
+
+
+def rank():
+    """Number of this process, 0 the one that writes; alone it is 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def first_alone():
+    """Process 0 does it first, the others after it: what is made once on disk is then there."""
+    if world() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+
+
+def gather(x):
+    """Rows of this process (B, ...) -> rows of all (world B, ...), with gradients.
+
+    Each process computes the loss of the whole batch, but has the graph of its own rows only. The gradients of the
+    parameters are averaged over processes afterwards, so those through the rows count `world` times.
+    """
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad * world())
+        parts[rank()] = x
+    return torch.cat(parts)
+
+
+def average_gradients(parameters):
+    """The mean of each gradient over the processes, in place."""
+    for parameter in parameters if world() > 1 else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()
+
+
+# ---------------------------------------------------------------------------------------------- 3. model
 
 def fast_bf16(device):
     """Whether bf16 products are in hardware: measured, as no public call of torch tells it on a CPU."""
@@ -139,7 +256,7 @@ def fast_bf16(device):
     return bf16 < 0.7 * fp32
 
 
-def build(args, captions):
+def build(args, captions=None):
     """CLIP and its tokenizer: loaded, or of a size to train from scratch with a vocabulary from the captions."""
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
@@ -157,49 +274,98 @@ def choose_trained(model, train):
         added = set(adapters.trainable_state(model)) if train == "backbone" else set()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in added)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def freeze_in_bf16(model):
     """Hold the frozen matrices as autocast would cast them at every step. The results are the same to the bit."""
     for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) or type(module).__name__ == "Attention":
+        if isinstance(module, (nn.Linear, nn.Conv2d, clip.Attention)):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.bfloat16()
 
 
-def encode_twice(tower, inputs, dropout):
-    """Features of a batch and of its second view, in one forward: (B, ...) -> two unit-length (B, D).
+def encode_twice(tower, inputs, dropout=0.2):
+    """Features of a batch and of its second view, in one forward: (B, ...) -> two (B, D), not normalised.
 
     The second view (PE-RSITR) is the same tokens with element-wise dropout between the embedding and the first block.
     """
     x = tower.embed(inputs)
     x = tower.transformer(torch.cat([x, F.dropout(x, dropout)]))              # (2B, L, C)
-    return [F.normalize(tower.head(tower.pool(view, inputs)).float(), dim=-1) for view in x.chunk(2)]
+    return [tower.head(tower.pool(view, inputs)) for view in x.chunk(2)]
 
 
-def compute_loss(model, args, images, tokens, same):
-    """Loss and its parts for one batch of normalised images and token ids."""
-    scale = model.logit_scale.exp()
-    if args.loss == "contrastive":
-        loss = losses.contrastive_loss(model.encode_image(images), model.encode_text(tokens), scale, same)
-        return loss, {}
-    image, image2 = encode_twice(model.visual, images, args.view_dropout)
-    text, text2 = encode_twice(model.text, tokens, args.view_dropout)
+def encode(model, args, images, tokens):
+    """What a loss is computed from: features (B, D) of pictures and captions, for HMMC also of their second views."""
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+        if args.loss.startswith("hmmc"):
+            (image, image2), (text, text2) = encode_twice(model.visual, images), encode_twice(model.text, tokens)
+            return [image.float(), text.float(), image2.float(), text2.float()]
+        return [model.visual(images).float(), model.text(tokens).float()]
+
+
+def compute_loss(args, features, scale, same=None, persons=None, classifier=None):
+    """Loss of the whole batch and its parts, from what `encode` gives. persons: ids (B,) for SDM and ID."""
     if args.loss == "hmmc":
-        return losses.hmmc_loss(image, text, image2, text2, args.margin, same)
-    return losses.hmmc_softmax_loss(image, text, image2, text2, scale, same)
+        return losses.hmmc_loss(*features, args.margin, same)
+    if args.loss == "hmmc-softmax":
+        return losses.hmmc_softmax_loss(*features, scale, same)
+    if args.loss == "contrastive":
+        return losses.contrastive_loss(*features, scale, same), {}
+    sdm = losses.sdm_loss(*features, persons, SDM_SCALE)
+    if args.loss == "sdm":
+        return sdm, {}
+    return losses.summed({"sdm": sdm, "id": losses.id_loss(*features, persons, classifier)})
 
 
-# ---------------------------------------------------------------------------------------------- 3. optimiser
+def reseed(seed, step, part=0):
+    """Make what follows depend on these numbers alone: step below 2^24, part (a process, a piece) below 2^8."""
+    torch.manual_seed(seed * 2 ** 32 + part * 2 ** 24 + step)
 
-def make_optimizer(parameters, args):
-    """AdamW; without weight decay, as in the paper's recipe, that is Adam."""
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr)
+
+def backward(encode_piece, loss_of, pieces, seed_piece):
+    """Loss of a batch from features, its gradients left in the parameters -> (loss, parts).
+
+    With more than one piece, no more than one is in memory at a time, and the gradient is still that of the whole
+    batch (GradCache, arXiv 2101.06983): features without graph first, then the gradient of the loss for each feature,
+    then every piece again, with the same dropout, to pass that gradient on.
+    """
+    if len(pieces) == 1:
+        loss, parts = loss_of(encode_piece(pieces[0]))
+        loss.backward()
+        return loss.detach(), parts
+    features = []
+    with torch.no_grad():
+        for n, piece in enumerate(pieces):
+            seed_piece(n)
+            features.append(encode_piece(piece))
+    features = [torch.cat(rows).requires_grad_() for rows in zip(*features)]
+    loss, parts = loss_of(features)
+    loss.backward()
+    start = 0
+    for n, piece in enumerate(pieces):
+        seed_piece(n)
+        again = encode_piece(piece)
+        rows = slice(start, start := start + len(again[0]))
+        torch.autograd.backward(again, [whole.grad[rows] for whole in features])
+    return loss.detach(), parts
+
+
+# ---------------------------------------------------------------------------------------------- 4. optimiser
+
+def make_optimizer(learned, added, args):
+    """AdamW over {name: parameter}; without weight decay, as in PE-RSITR's recipe, that is Adam.
+
+    The recipe of re-identification, where CLIP learns: biases at twice the rate, what is new at five times.
+    """
+    groups = {}
+    for name, parameter in learned.items():
+        decay, factor = args.weight_decay if parameter.ndim >= 2 else 0.0, 1
+        if args.loss.startswith("sdm") and args.train != "method":      # differs from IRRA: decoupled weight decay
+            factor = 5 if name in added else 2 if name.endswith("bias") else 1
+        groups.setdefault((decay, factor), []).append(parameter)
+    return torch.optim.AdamW([dict(params=parameters, weight_decay=decay, factor=factor)
+                              for (decay, factor), parameters in groups.items()], lr=args.lr)
 
 
 def learning_rate(args, step, steps_per_epoch):
@@ -212,43 +378,49 @@ def learning_rate(args, step, steps_per_epoch):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-# ---------------------------------------------------------------------------------------------- 4. the run's folder
+# ---------------------------------------------------------------------------------------------- 5. the run's folder
 
 def save(path, content):
-    """Write a checkpoint so that a whole one is always there: to another name first, then renamed."""
+    """Write a checkpoint, or a text, so that a whole one is always there: to another name first, then renamed."""
     partial = path.with_suffix(".partial")
     try:
-        torch.save(content, partial)
+        if isinstance(content, str):
+            partial.write_text(content)
+        else:
+            torch.save(content, partial)
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:      # torch raises RuntimeError when the disk is full
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; an earlier one is still whole: make room "
+                      "and go on with --resume") from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def checkpoint(model, tokenizer, args, **position):
-    """What load_run needs: the trained tensors, settings, vocabulary; CLIP's weights only if they were trained."""
-    content = dict(settings=vars(args), trained=adapters.trainable_state(model), merges=tokenizer.merges,
-                   activation=model.config.activation, **position)
-    if args.train != "method":
-        content["state_dict"] = {name: p.detach().cpu().clone() for name, p in model.openai_state_dict().items()}
-    return content
-
-
 def new_folder(args):
-    """The run's folder: --out, or the first free runs/<data set>-<method>, -2, -3 ..."""
+    """The run's folder: --out, which must be new or be resumed; or the first free runs/<data set>-<method>, -2, ..."""
     if args.out:
         out = Path(args.out)
-        if not args.resume and (out / "last.pt").exists():
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; it is to be the folder of the run")
+        if not args.resume and out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
-        if args.resume and not (out / "last.pt").exists():
-            raise FileNotFoundError(f"there is no {out / 'last.pt'} to resume: run without --resume")
         return out
-    if args.resume:
-        raise ValueError("--resume needs --out, the folder of the run to go on with")
     name = f"runs/{args.dataset}-{args.method if args.method != 'none' else args.train}"
     n = 1
     while (out := Path(name if n == 1 else f"{name}-{n}")).exists():
         n += 1
     return out
+
+
+def stop_on_ctrl_c():
+    """A list that is empty until Ctrl-C, so that the step under way ends first; a second Ctrl-C ends at once."""
+    stop = []
+
+    def handler(number, frame):
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, handler)
+    return stop
 
 
 def memory():
@@ -264,195 +436,269 @@ def duration(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# ---------------------------------------------------------------------------------------------- 5. the loop
+# ---------------------------------------------------------------------------------------------- 6. a run
+
+def read_splits(args):
+    """{split: Pairs} of the data set, without val or test where it has none, and what to say about that."""
+    pairs, notes = {"train": data.read(args.dataset, args.data_root, "train")}, []
+    for split, without in (("val", "the last epoch is taken"), ("test", "figures are of val, which chose the epoch")):
+        try:
+            pairs[split] = data.read(args.dataset, args.data_root, split)
+        except data.NoSplit:
+            notes.append(f"no {split} split: {without}")
+    if len(pairs) == 1:
+        raise ValueError(f"{args.dataset} in {args.data_root} has neither val nor test to measure anything on")
+    if args.loss.startswith("sdm") and pairs["train"].ids is None:
+        raise ValueError(f"--loss {args.loss} needs person ids, which {args.dataset} has not: take contrastive or hmmc")
+    return pairs, notes
+
+
+def prepare(args):
+    """Data, model and optimiser of a run, in a namespace; all mistakes show here, before anything is written."""
+    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, classifier=None)
+    if args.precision == "auto":
+        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
+    reseed(args.seed, 0)
+    with first_alone():
+        pairs, run.notes = read_splits(args)
+        if args.init:
+            model, run.tokenizer, _ = eval.load_run(args.init, args.device)
+        else:
+            model, run.tokenizer = build(args, pairs["train"].captions)
+        args.image_size, args.activation = model.config.image_size, model.config.activation
+        run.fingerprint = eval.fingerprint(model)
+        run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
+        run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
+    part, run.notes = run.pairs["train"], run.notes + notes
+    run.tokens = run.tokenizer(part.captions, model.config.context_length)
+    numbers = {text: n for n, text in enumerate(dict.fromkeys(part.captions))}
+    run.text_of = torch.tensor([numbers[text] for text in part.captions])
+    run.image_of = torch.tensor(part.image_of_caption)
+    run.person_of = torch.tensor(part.ids)[run.image_of] if part.ids else None
+
+    # what learns
+    choose_trained(model, args.train)
+    run.model, run.learned = model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+    args.trained_parameters = sum(p.numel() for p in run.learned.values())
+    run.total = sum(p.numel() for p in model.parameters())
+    run.share = 100 * args.trained_parameters / run.total
+    if args.precision == "bf16":
+        freeze_in_bf16(model)
+    if args.loss == "sdm+id":
+        run.classifier = nn.Linear(model.config.embed_dim, max(part.ids) + 1).to(args.device)
+        nn.init.normal_(run.classifier.weight, std=0.001)
+        nn.init.zeros_(run.classifier.bias)
+        run.learned |= {f"classifier.{name}": p for name, p in run.classifier.named_parameters()}
+    run.optimizer = make_optimizer(run.learned, {*model.method_parameters, "classifier.weight", "classifier.bias"}, args)
+    rows = len(data.epoch_order(part, args.epoch_over, args.seed, 0))
+    run.steps = rows // args.batch_size + (rows % args.batch_size >= world())       # of an epoch
+    return run
+
+
+def keep(run):
+    """Write last.pt, from which --resume goes on."""
+    run.kept = time.time()
+    if rank() == 0:
+        save(Path(run.args.out) / "last.pt",
+             dict(settings=vars(run.args), learned={name: p.detach() for name, p in run.learned.items()},
+                  optimizer=run.optimizer.state_dict(), step=run.step, history=run.history, sums=run.sums,
+                  best=run.best))
+
+
+def restore(run, path):
+    """Put the state that `keep` wrote back."""
+    saved = eval.load_checkpoint(path)
+    for name, value in saved["settings"].items():
+        if name not in ("out", "resume", "device", "data_root") and vars(run.args).get(name) != value:
+            raise ValueError(f"the run in {path.parent} has --{name.replace('_', '-')} {value}, not "
+                             f"{vars(run.args).get(name)}: resume it with its own settings")
+    with torch.no_grad():
+        for name, value in saved["learned"].items():
+            run.learned[name].copy_(value)
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.step, run.history, run.sums, run.best = (saved[name] for name in ("step", "history", "sums", "best"))
+
+
+def say(run, text):
+    """Print a line, and keep it in log.txt."""
+    if rank() == 0:
+        print(text, flush=True)
+        with open(Path(run.args.out) / "log.txt", "a") as file:
+            file.write(text + "\n")
+
+
+def train_step(run, pixels, tokens, rows):
+    """One step on this process's part of a batch: uint8 (B, 3, H, W), token ids (B, L), caption numbers (B,)."""
+    args, model = run.args, run.model
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["factor"] * learning_rate(args, run.step, run.steps)
+    reseed(args.seed, run.step, rank())
+    pixels = clip.normalize(data.augment(pixels.to(args.device).float(), args.augment))
+    tokens, all_rows = tokens.to(args.device), gather(rows)
+    same = persons = None
+    if args.mask_same:
+        image, text = run.image_of[all_rows], run.text_of[all_rows]
+        same = ((image[:, None] == image) | (text[:, None] == text)).to(args.device)
+    if args.loss.startswith("sdm"):
+        persons = run.person_of[all_rows].to(args.device)
+    model.train()
+    size = args.chunk or len(rows)
+    loss, parts = backward(
+        encode_piece=lambda piece: encode(model, args, *piece),
+        loss_of=lambda features: compute_loss(args, [gather(x) for x in features], model.logit_scale.exp(), same,
+                                              persons, run.classifier),
+        pieces=list(zip(pixels.split(size), tokens.split(size))),
+        seed_piece=lambda n: reseed(args.seed, run.step, rank() + world() * n))
+    average_gradients(run.learned.values())
+    norm = nn.utils.clip_grad_norm_(run.learned.values(), math.inf)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        part = run.pairs["train"]
+        files = list(dict.fromkeys(part.images[n] for n in run.image_of[rows]))
+        raise ValueError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {run.step}, on pictures "
+                         f"{', '.join(files[:4])} ...; {args.out} keeps the last good state. Two things to try: "
+                         f"a third of --lr {args.lr:g}, --precision fp32")
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=math.log(100))                           # as CLIP: temperature at least 0.01
+    for name, value in {"loss": loss, **parts}.items():
+        run.sums[name] = run.sums.get(name, 0.0) + value.item()
+    run.step += 1
+
+
+def train_epoch(run, stop):
+    """The rest of the epoch that run.step is in; returns images/s and the share of time spent waiting for data."""
+    args = run.args
+    epoch, done = divmod(run.step, run.steps)
+    order = data.epoch_order(run.pairs["train"], args.epoch_over, args.seed, epoch)
+    began, waited = time.time(), 0.0
+    bar = tqdm(total=run.steps, initial=done, desc=f"epoch {epoch + 1}", leave=False, disable=rank() > 0 or None)
+    fetched = began
+    for batch in data.batches(run.images["train"], run.tokens, run.image_of, order, args.batch_size, done, rank(),
+                              world()):
+        waited += time.time() - fetched
+        train_step(run, *batch)
+        bar.update()
+        if gather(torch.tensor([bool(stop)], device=args.device)).any() and run.step % run.steps:
+            keep(run)
+            raise KeyboardInterrupt(f"stopped at step {run.step}; go on with the same command and --resume "
+                                    f"--out {args.out}")
+        if time.time() - run.kept > SAVE_EVERY:
+            keep(run)
+        fetched = time.time()
+    bar.close()
+    seconds = time.time() - began
+    return min(args.batch_size * (run.steps - done), len(order)) / seconds, waited / seconds
+
+
+def validate(run, speed, waited, left):
+    """End of an epoch: validation chooses best.pt, and a line is printed and logged."""
+    args, epoch = run.args, run.step // run.steps
+    row = dict(epoch=epoch, step=run.step, **{name: value / run.steps for name, value in run.sums.items()},
+               lr=run.optimizer.param_groups[0]["lr"])
+    chosen, score = "", ""
+    if "val" in run.pairs:
+        metrics = eval.evaluate(run.model, run.tokenizer, run.pairs["val"], run.images["val"], args.precision)
+        row |= {f"val_{name}": value for name, value in metrics.items()}
+        name, value = eval.headline(metrics)
+        chosen = "*" if value > run.best else " "
+        run.best, score = max(run.best, value), f"  val {name} {value:5.2f}{chosen}"
+    run.history.append(row)
+    if chosen != " " and rank() == 0:
+        save_best(run, epoch)
+    run.sums = {}
+    if rank() == 0:
+        lines = [",".join(row), *(",".join(map(str, old.values())) for old in run.history)]
+        save(Path(args.out) / "log.csv", "\n".join(lines) + "\n")
+    keep(run)
+    terms = " ".join(f"{name} {row[name]:.3f}" for name in row if "-" in name or name in ("sdm", "id"))
+    say(run, f"epoch {epoch:3d}/{args.epochs}  loss {row['loss']:.4f}{terms and f' ({terms})'}  lr {row['lr']:.1e}"
+             f"{score} {speed:5.0f} img/s  wait {100 * waited:.1f} %  mem {memory():.1f} GB  left {duration(left)}")
+
+
+def save_best(run, epoch):
+    """Write best.pt, what load_run needs: trained tensors, settings, vocabulary; CLIP's weights only if they learn."""
+    args, model = run.args, run.model
+    content = dict(settings=vars(args), trained=adapters.trainable_state(model), merges=run.tokenizer.merges,
+                   activation=model.config.activation, fingerprint=run.fingerprint, epoch=epoch)
+    if args.train != "method":
+        content["state_dict"] = {name: p.detach().cpu().clone() for name, p in model.openai_state_dict().items()}
+    save(Path(args.out) / "best.pt", content)
+
+
+def test(run):
+    """The test set, touched once, with best.pt -> rows of the result table: chance, CLIP as it started, the run."""
+    args, out = run.args, Path(run.args.out)
+    if world() > 1:
+        dist.barrier()          # best.pt is there
+    split = "test" if "test" in run.pairs else "val"
+    pairs, images = run.pairs[split], run.images[split]
+    rows = [("chance", None, None, eval.chance(pairs))]
+    if args.model not in FROM_SCRATCH:
+        plain, tokenizer = build(args)
+        rows.append(("zero-shot", 0, 0.0, eval.evaluate(plain, tokenizer, pairs, images, args.precision)))
+    model, tokenizer, settings = eval.load_run(out, args.device)
+    rows.append((eval.label(settings), args.trained_parameters, run.share,
+                 eval.evaluate(model, tokenizer, pairs, images, args.precision)))
+    minutes = (time.time() - run.began) / 60
+    how = f"best epoch {eval.load_checkpoint(out)['epoch']} by val" if "val" in run.pairs else "the last epoch"
+    say(run, f"\n{args.dataset} {split}, {len(pairs.images)} pictures, {len(pairs.captions)} captions, {how}, "
+             f"{duration(60 * minutes)} min, {memory():.1f} GB\n" + eval.table(rows))
+    if rank() == 0:
+        eval.plot_curve(run.history, out / "curve.png")
+        save(out / "metrics.json", json.dumps(dict(
+            settings=vars(args), split=split, minutes=minutes, memory_gb=memory(), total_parameters=run.total,
+            best_val=run.best, rows=rows), indent=1) + "\n")
+    say(run, f"\nwritten: {out}/ best.pt last.pt log.csv metrics.json curve.png; next: python eval.py {out}")
+    return rows
+
 
 def train(args):
     """One run, from settings to test: returns the rows of its result table and leaves the run's folder behind."""
+    start_processes(args)
     if args.model == "toy":
         make_toy_clip(args)
         args.model = TOY_CLIP
-    began = time.time()
-    out = new_folder(args)
-    args.out = str(out)
+    args.out = str(new_folder(args))
+    run = prepare(args)
+    last = Path(args.out) / "last.pt"
+    if args.resume and last.exists():
+        restore(run, last)
+    if rank() == 0:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    part = run.pairs["train"]
+    say(run, f"data    {args.dataset}: " + ", ".join(f"{len(p.images)} {split}" for split, p in run.pairs.items())
+        + f" pictures; {len(part.captions)} train captions" + "".join(f"\n        {note}" for note in run.notes))
+    say(run, f"model   {args.init or args.model}: {run.total:,} parameters, {args.image_size} px, {args.precision} on "
+             f"{args.device}" + f", {world()} processes" * (world() > 1))
+    say(run, f"method  {args.method}: {len(run.touched)} places; {args.train} learns: "
+             f"{args.trained_parameters:,} parameters, {run.share:.2f} %")
+    say(run, f"run     {args.out}: {args.loss} loss, {args.epochs} epochs of {run.steps} steps, "
+             f"batch {args.batch_size}, lr {args.lr:g}, seed {args.seed}")
 
-    # data: all that can be wrong with it shows here, before anything is written
-    splits = ("train", "val", args.test_split)
-    train_pairs, val_pairs, test_pairs = (data.read(args.dataset, args.data_root, split) for split in splits)
-    captions = {text: n for n, text in enumerate(dict.fromkeys(train_pairs.captions))}
-    text_of = torch.tensor([captions[text] for text in train_pairs.captions])
-    image_of = torch.tensor(train_pairs.image_of_caption)
-
-    # model
-    torch.manual_seed(args.seed)
-    if args.precision == "auto":
-        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
-    model, tokenizer = build(args, train_pairs.captions)
-    args.image_size, args.activation = model.config.image_size, model.config.activation
-    images, val_images, test_images = (data.load_images(pairs.images, args.image_size, args.cache)
-                                       for pairs in (train_pairs, val_pairs, test_pairs))
-    tokens = tokenizer(train_pairs.captions, model.config.context_length)
-    mark = eval.fingerprint(model)
-    touched = adapters.add_method(model, args.method, **args.sizes)
-    learned = choose_trained(model, args.train)
-    args.trained_parameters, total = sum(p.numel() for p in learned), sum(p.numel() for p in model.parameters())
-    share = 100 * args.trained_parameters / total
-    if args.precision == "bf16":
-        freeze_in_bf16(model)
-
-    # optimiser, and where to start
-    optimizer = make_optimizer(learned, args)
-    batch_count = math.ceil(len(data.epoch_order(train_pairs, args.epoch_over, args.seed, 0)) / args.batch_size)
-    step, history, sums, best = 0, [], {}, -1.0
-    if args.resume:
-        step, history, sums, best = restore(out / "last.pt", args, model, optimizer)
-    out.mkdir(parents=True, exist_ok=True)
-
-    def say(text):
-        print(text, flush=True)
-        with open(out / "log.txt", "a") as file:
-            file.write(text + "\n")
-
-    def keep():
-        parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        save(out / "last.pt", dict(settings=vars(args), learned=parameters, optimizer=optimizer.state_dict(),
-                                   step=step, history=history, sums=sums, best=best))
-    say(f"data    {args.dataset}: {len(train_pairs.images)} train, {len(val_pairs.images)} val, "
-        f"{len(test_pairs.images)} test pictures; {len(train_pairs.captions)} train captions")
-    say(f"model   {args.model}: {total:,} parameters, {args.image_size} px, {args.precision} on {args.device}")
-    say(f"method  {args.method}: {len(touched)} places; {args.train} learns: "
-        f"{args.trained_parameters:,} parameters, {share:.2f} %")
-    say(f"run     {out}: {args.loss} loss, {args.epochs} epochs of {batch_count} steps, batch {args.batch_size}, "
-        f"lr {args.lr:g}, seed {args.seed}")
-
-    # the loop: what is random in a step depends on (seed, step) alone
-    stop = stop_on_ctrl_c()
-    first, clock = step, time.time()
-    while step < args.epochs * batch_count:
-        epoch, done = divmod(step, batch_count)
-        order = data.epoch_order(train_pairs, args.epoch_over, args.seed, epoch)
-        epoch_clock, waited, seen = time.time(), 0.0, 0
-        bar = tqdm(total=batch_count, initial=done, desc=f"epoch {epoch + 1}", leave=False, disable=None)
-        fetched = time.time()
-        for batch, tokens_of_batch, rows in data.batches(images, tokens, image_of, order, args.batch_size, done):
-            waited += time.time() - fetched
-            torch.manual_seed(args.seed * 2 ** 32 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step, batch_count)
-            pixels = clip.normalize(data.augment(batch.to(args.device).float(), args.augment))
-            same = None
-            if args.mask_same:
-                same = (image_of[rows][:, None] == image_of[rows]) | (text_of[rows][:, None] == text_of[rows])
-                same = same.to(args.device)
-            model.train()
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
-                loss, parts = compute_loss(model, args, pixels, tokens_of_batch.to(args.device), same)
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()} at step {step} (epoch {epoch + 1}); {out} keeps the last "
-                                 f"good state: try a third of --lr {args.lr:g}, or --precision fp32")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(100))                   # as CLIP: temperature at least 0.01
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-            step, seen = step + 1, seen + len(batch)
-            bar.update()
-            if stop:
-                break
-            fetched = time.time()
-        bar.close()
-        if stop and step % batch_count:
-            keep()
-            raise KeyboardInterrupt(f"stopped at step {step}; go on with the same command and --resume --out {out}")
-
-        # end of an epoch: validation chooses best.pt
-        speed = seen / (time.time() - epoch_clock)
-        row = dict(epoch=epoch + 1, step=step, **{name: value / batch_count for name, value in sums.items()},
-                   lr=optimizer.param_groups[0]["lr"])
-        row |= {f"val_{name}": value
-                for name, value in eval.evaluate(model, tokenizer, val_pairs, val_images, args.precision).items()}
-        history, sums = [*history, row], {}
-        if row["val_mR"] > best:
-            best = row["val_mR"]
-            save(out / "best.pt", checkpoint(model, tokenizer, args, fingerprint=mark, epoch=epoch + 1))
-        keep()
-        with open(out / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerows(history)
-        left = (time.time() - clock) / (step - first) * (args.epochs * batch_count - step)
-        terms = "".join(f" {name} {row[name]:.3f}" for name in parts)
-        say(f"epoch {epoch + 1:3d}/{args.epochs}  loss {row['loss']:.4f}{terms and ' (' + terms.strip() + ')'}  "
-            f"lr {row['lr']:.1e}  val mR {row['val_mR']:5.2f}{'*' if row['val_mR'] == best else ' '} "
-            f"{speed:5.0f} img/s  wait {100 * waited / (time.time() - epoch_clock):.1f} %  "
-            f"mem {memory():.1f} GB  left {duration(left)}")
+    stop, first, clock = stop_on_ctrl_c(), run.step, time.time()
+    run.kept = clock
+    while run.step < args.epochs * run.steps:
+        speed, waited = train_epoch(run, stop)
+        left = (time.time() - clock) / (run.step - first) * (args.epochs * run.steps - run.step)
+        validate(run, speed, waited, left)
         if stop:
-            raise KeyboardInterrupt(f"stopped after epoch {epoch + 1}; go on with --resume --out {out}")
-
-    # the test set, touched once, with the weights that validation chose
+            raise KeyboardInterrupt(f"stopped after epoch {run.step // run.steps}; go on with the same command and "
+                                    f"--resume --out {args.out}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    eval.plot_curve(history, out / "curve.png")
-    rows = test(args, test_pairs, test_images, share)
-    say(f"\n{args.dataset} {args.test_split}, {len(test_pairs.images)} pictures, {len(test_pairs.captions)} captions, "
-        f"best epoch {max(history, key=lambda row: row['val_mR'])['epoch']} by val mR, "
-        f"{duration(time.time() - began)} min, {memory():.1f} GB\n" + eval.table(rows))
-    metrics = dict(settings=vars(args), minutes=(time.time() - began) / 60, memory_gb=memory(),
-                   total_parameters=total, best_val_mR=best, rows=rows)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    say(f"\nwritten: {out}/ best.pt last.pt log.csv metrics.json curve.png; next: python eval.py {out}")
-    return rows
+    return test(run)
 
 
-def restore(path, args, model, optimizer):
-    """Put the state of an interrupted run back -> (step, history, sums, best)."""
-    saved = eval.load_checkpoint(path)
-    for name, old in saved["settings"].items():
-        if name not in ("out", "resume", "device", "cache", "data_root") and vars(args)[name] != old:
-            raise ValueError(f"the run in {path.parent} has --{name.replace('_', '-')} {old}, not {vars(args)[name]}: "
-                             f"resume it with its own settings")
-    with torch.no_grad():
-        parameters = dict(model.named_parameters())
-        for name, value in saved["learned"].items():
-            parameters[name].copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["history"], saved["sums"], saved["best"]
-
-
-def stop_on_ctrl_c():
-    """A list that is empty until Ctrl-C, so that the step under way ends first; a second Ctrl-C ends at once."""
-    stop = []
-
-    def handler(number, frame):
-        stop.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, handler)
-    return stop
-
-
-def test(args, pairs, images, share):
-    """Rows of the result table on the test split: chance, the CLIP it started from, and the run's best.pt."""
-    rows = [("chance", None, None, eval.chance(pairs))]
-    if args.model not in FROM_SCRATCH:
-        plain, tokenizer = build(args, None)
-        rows.append(("zero-shot", 0, 0.0, eval.evaluate(plain, tokenizer, pairs, images, args.precision)))
-    model, tokenizer, settings = eval.load_run(args.out, args.device)
-    rows.append((eval.label(settings), args.trained_parameters, share,
-                 eval.evaluate(model, tokenizer, pairs, images, args.precision)))
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------- 6. without any data
+# ---------------------------------------------------------------------------------------------- 7. without any data
 
 def make_toy_clip(args):
     """The toy's stand-in for OpenAI's CLIP: `tiny`, pre-trained on drawn pictures of the ground; made once."""
     if not (Path(TOY_CLIP) / "metrics.json").exists():
-        resume = ["--resume"] if (Path(TOY_CLIP) / "last.pt").exists() else []
-        print(f"pre-training a tiny CLIP on drawn ground pictures, once: {TOY_CLIP}")
+        if rank() == 0:
+            print(f"pre-training a tiny CLIP on drawn ground pictures, once: {TOY_CLIP}")
         train(parse(["--dataset", "toy-ground", "--model", "tiny", "--method", "none", "--train", "all",
                      "--loss", "contrastive", "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64",
-                     "--out", TOY_CLIP, "--device", args.device, "--precision", args.precision,
-                     "--cache", args.cache, *resume]))
+                     "--out", TOY_CLIP, "--device", args.device, "--precision", args.precision, "--resume"]))
 
 
 def tour():
@@ -480,6 +726,9 @@ def main():
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped before the first step'}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
