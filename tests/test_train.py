@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 
 import pytest
@@ -266,3 +267,172 @@ def test_what_learns(what):
     added = {name.replace("inner.", "") for name in adapters.trainable_state(model)}
     assert learns == {"method": added, "backbone": own, "all": own | added}[what]
     assert not own & added
+
+
+# ---------------------------------------------------------------- prompt decoupling
+
+@pytest.fixture(scope="module")
+def people(world, tmp_path_factory):
+    """Drawn people in RSTPReid's layout, and stage 1 of prompt decoupling on the CLIP of `world`."""
+    folder = tmp_path_factory.mktemp("people")
+    data.write_people(folder / "people", people=20, views=2, seed=3)
+    flags = ["--dataset", "RSTPReid", "--data-root", folder / "people", "--batch-size", "16", "--epochs", "1",
+             "--warmup", "0"]
+    stage_1 = [*flags, "--model", world[0] / "scratch", "--image-size", "96", "48"]
+    run(*stage_1, "--out", folder / "stage1")
+    return folder, flags, stage_1
+
+
+def prompts_of(path):
+    return state(path / "best.pt")["trained"]
+
+
+def test_stage_1_changes_all_prompts_and_nothing_of_clip(world, people):
+    folder, _, _ = people
+    model, _, settings = eval.load_run(folder / "stage1")
+    assert (settings["method"], settings["train"], settings["loss"]) == ("prompts", "method", "sdm")
+    start = clip.load_clip(world[0] / "scratch", (96, 48))
+    torch.manual_seed(settings["seed"] * 2 ** 32)       # what `prepare` draws the prompts from
+    adapters.add_method(start, "prompts")
+    before, after = adapters.trainable_state(start), prompts_of(folder / "stage1")
+    assert list(after) == [name for name in before] and len(after) == 5 + 3        # blocks of the tiny CLIP
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+    for name, value in start.openai_state_dict().items():
+        assert torch.equal(value, model.openai_state_dict()[name]), name
+
+
+def test_stage_2_keeps_the_prompts_and_changes_clip(world, people):
+    folder, flags, _ = people
+    rows = run(*flags, "--init", folder / "stage1", "--train", "backbone", "--lr", "1e-3", "--out", folder / "stage2")
+    settings = state(folder / "stage2/best.pt")["settings"]
+    assert (settings["method"], settings["loss"], settings["image_size"]) == ("prompts", "sdm+id", (96, 48))
+    before, after = prompts_of(folder / "stage1"), prompts_of(folder / "stage2")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    start, end = clip.load_clip(world[0] / "scratch", (96, 48)), clip.load_clip(folder / "stage2")
+    same = [name for name, value in start.openai_state_dict().items() if torch.equal(value, end.state_dict().get(
+        name, end.openai_state_dict()[name]))]
+    assert same == ["logit_scale"]                      # SDM's temperature is fixed
+    assert set(rows[-1][3]) == {"R1", "R5", "R10", "mAP", "mINP"}
+    assert not any("classifier" in name for name in state(folder / "stage2/best.pt")["state_dict"])
+
+
+def test_stage_2_starts_where_stage_1_ended(people, tmp_path):
+    folder, flags, _ = people
+    first = run(*flags, "--init", folder / "stage1", "--train", "backbone", "--lr", "0", "--out", tmp_path / "run")
+    metrics = json.loads((folder / "stage1/metrics.json").read_text())["rows"]
+    assert first[-1][3] == metrics[-1][3]
+
+
+def test_what_contradicts_the_run_in_init_is_refused(people, tmp_path, monkeypatch, capsys):
+    folder, flags, _ = people
+    code, error = command(monkeypatch, capsys, train, *flags, "--init", folder / "stage1", "--method", "mrs")
+    assert code == 2 and "--method mrs: the run in --init has prompts" in error
+    code, error = command(monkeypatch, capsys, train, *flags, "--init", tmp_path / "nothing")
+    assert code == 2 and "nothing" in error and "Traceback" not in error
+
+
+def test_a_loss_on_persons_needs_persons(world, tmp_path, monkeypatch, capsys):
+    _, flags = world
+    code, error = command(monkeypatch, capsys, train, *flags, "--loss", "sdm", "--out", tmp_path / "run")
+    assert code == 2 and "needs person ids" in error and not (tmp_path / "run").exists()
+
+
+def test_groups_of_re_identification():
+    args = train.parse(["--dataset", "RSTPReid", "--data-root", "x", "--train", "backbone", "--method", "prompts"])
+    assert (args.loss, args.epochs, args.lr, args.warmup, args.weight_decay) == ("sdm+id", 60, 1e-5, 5, 4e-5)
+    shapes = {"block.weight": (2, 2), "block.bias": (2,), "ln.weight": (2,), "classifier.weight": (3, 2),
+              "classifier.bias": (3,)}
+    learned = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    optimizer = train.make_optimizer(learned, {"classifier.weight", "classifier.bias"}, args)
+    found = {name: (group["factor"], group["weight_decay"]) for group in optimizer.param_groups
+             for name, p in learned.items() if any(p is other for other in group["params"])}
+    assert found == {"block.weight": (1, 4e-5), "block.bias": (2, 0), "ln.weight": (1, 0),
+                     "classifier.weight": (5, 4e-5), "classifier.bias": (5, 0)}
+
+
+# ---------------------------------------------------------------- pieces and processes
+
+def test_pieces_give_the_gradient_of_the_whole_batch_with_the_same_dropout():
+    model, images = small_clip().train(), torch.randn(3, 3, 32, 32)
+    adapters.add_method(model, "adaptformer", bottleneck=8, dropout=0.5)
+    for parameter in model.parameters():        # the zero init would hide mistakes
+        torch.nn.init.normal_(parameter, std=0.1)
+    args = train.argparse.Namespace(loss="hmmc", margin=0.2, device="cpu", precision="fp32")
+    pieces = list(zip(images.split(2), TOKENS.split(2)))
+    learned = [p for p in model.parameters() if p.requires_grad]
+
+    def encode(piece):
+        return train.encode(model, args, *piece)
+
+    def loss_of(features):
+        return train.compute_loss(args, features, 10.0)
+    loss, parts = train.backward(encode, loss_of, pieces, lambda n: torch.manual_seed(5 + n))
+    gradients = [p.grad.clone() for p in learned]
+    model.zero_grad()
+    whole = []
+    for n, piece in enumerate(pieces):          # the oracle: everything in one graph
+        torch.manual_seed(5 + n)
+        whole.append(encode(piece))
+    expected, _ = loss_of([torch.cat(rows) for rows in zip(*whole)])
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and set(parts) == {
+        "image-text", "image-image", "text-text"}
+    for gradient, parameter in zip(gradients, learned):
+        assert torch.allclose(gradient, parameter.grad, atol=1e-5) and parameter.grad.abs().sum() > 0
+
+
+def test_a_run_in_pieces_is_the_run(world, tmp_path):
+    _, flags = world
+    flags = [*flags, "--loss", "contrastive", "--dropout", "0", "--precision", "fp32", "--lr", "1e-3"]
+    run(*flags, "--out", tmp_path / "whole")
+    run(*flags, "--chunk", "5", "--out", tmp_path / "pieces")
+    whole, pieces = (state(tmp_path / name / "last.pt")["learned"] for name in ("whole", "pieces"))
+    assert all(torch.allclose(whole[name], pieces[name], atol=1e-4) for name in whole)
+
+
+def one_of_two(number, port, runs):
+    """A process of two, as torchrun would start it; HMMC's second view without dropout, to compare."""
+    os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    train.encode_twice.__defaults__ = (0.0,)
+    for flags in runs:
+        run(*flags)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_and_two(world, people, tmp_path_factory):
+    """A folder with a run of one process and of two for each loss; 100 captions in batches of 20."""
+    folder = tmp_path_factory.mktemp("processes")
+    data.write_world(folder / "aerial", data.draw_aerial, images=27, test=2, seed=8)
+    pairs = ["--dataset", "precomp", "--data-root", folder / "aerial", "--epochs", "1", "--dropout", "0",
+             "--batch-size", "20", "--model", world[0] / "scratch"]
+    runs = []
+    for loss, flags in (("hmmc", pairs), ("contrastive", pairs), ("sdm", people[2])):
+        runs.append([*flags, "--loss", loss, "--precision", "fp32", "--lr", "1e-3", "--augment", "none",
+                     "--device", "cpu", "--out", folder / f"{loss}-2"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.encode_twice, "__defaults__", (0.0,))
+        for flags in runs:
+            run(*flags[:-1], str(flags[-1]).replace("-2", "-1"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, runs), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("loss", ["hmmc", "contrastive", "sdm"])
+def test_two_processes_are_one_with_the_whole_batch(one_and_two, loss):
+    one, two = (state(one_and_two / f"{loss}-{n}" / "last.pt") for n in (1, 2))
+    assert one["step"] == two["step"] > 1
+    assert one["history"][0]["loss"] == pytest.approx(two["history"][0]["loss"], rel=1e-5)
+    assert all(torch.allclose(one["learned"][name], two["learned"][name], atol=1e-5) for name in one["learned"])
+    one, two = (json.loads((one_and_two / f"{loss}-{n}" / "metrics.json").read_text())["rows"] for n in (1, 2))
+    assert two[-1][3] == pytest.approx(one[-1][3], abs=0.01)
+
+
+def test_one_of_two_processes_writes(one_and_two):
+    lines = (one_and_two / "hmmc-2/log.txt").read_text()
+    assert lines.count("epoch   1/1") == 1 and "2 processes" in lines
