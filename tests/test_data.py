@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ def write_precomp(root, train=10, test=2, folder="ucm_images"):
     (root / "test_filename.txt").write_text("".join(f"{name}\n" * 5 for name in names[train:]))
     (root / "test_caps.txt").write_text("".join(f"test {k} caption {i}\n" for k in range(test) for i in range(5)))
     return root
+
+
+def command(monkeypatch, capsys, dataset, root):
+    """Exit code, output and error output of `python data.py dataset --data-root root`."""
+    monkeypatch.setattr(sys, "argv", ["data.py", dataset, "--data-root", str(root)])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    return stop.value.code, *capsys.readouterr()
 
 
 # ---------------------------------------------------------------- readers
@@ -147,11 +156,12 @@ def test_every_bad_picture_is_named_and_no_cache_is_left(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_missing_pictures_are_counted_by_folder(tmp_path):
+def test_missing_pictures_are_counted_by_folder(tmp_path, monkeypatch, capsys):
     pairs = data.read_precomp(write_precomp(tmp_path / "set"), "train")
     for path in pairs.images[:3]:
         Path(path).unlink()
-    assert data.check("ucm", tmp_path / "set") == [f"train: 3 pictures missing in {tmp_path / 'set/ucm_images'}"]
+    code, _, error = command(monkeypatch, capsys, "ucm", tmp_path / "set")
+    assert code == 2 and f"train: 3 pictures are missing in {tmp_path / 'set/ucm_images'}" in error
 
 
 def test_turns_and_mirrors_are_exact(monkeypatch):
