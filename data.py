@@ -99,14 +99,14 @@ def read_precomp(root, split, seed=2):
     if len(captions) != per_line * len(names):
         raise ValueError(f"{captions_file} has {len(captions)} lines and {names_file.name} {len(names)}: "
                          f"{'as many' if per_line == 1 else 'five captions for each picture'} are expected")
-    paths = [picture_path(image_folder(root), name, f"{names_file}:{n}") for n, name in enumerate(names, 1)]
+    folder, line_of = image_folder(root), {}
+    paths = [picture_path(folder, name, f"{names_file}:{n}") for n, name in enumerate(names, 1)]
     rows = [(paths[m // per_line], caption, f"{captions_file.name}:{m + 1}") for m, caption in enumerate(captions)]
     if split == "test":
         return pair_up(rows)
-    repeated, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        lines = [n for n, name in enumerate(names, 1) if name == repeated]
-        raise ValueError(f"{names_file} holds {repeated} in the lines {lines}; one is expected")
+    for n, name in enumerate(names, 1):
+        if line_of.setdefault(name, n) < n:
+            raise ValueError(f"{names_file}:{n} repeats {name} of line {line_of[name]}")
     order = list(range(len(names)))
     random.Random(seed).shuffle(order)
     cut = int(0.8 * len(order))
@@ -175,8 +175,10 @@ def read_reid(root, split, dataset=None):
         person[image] = int(entry["id"])
         rows += [(image, caption, source) for caption in entry["captions"]]
     pairs = pair_up(rows)
-    label = {old: new if split == "train" else old for new, old in enumerate(sorted(set(person.values())))}
-    pairs.ids = [label[person[image]] for image in pairs.images]
+    pairs.ids = [person[image] for image in pairs.images]
+    if split == "train":
+        label = {old: new for new, old in enumerate(sorted(set(pairs.ids)))}
+        pairs.ids = [label[old] for old in pairs.ids]
     return pairs
 
 
@@ -269,7 +271,7 @@ def load_images(paths, size, cache="runs/cache"):
                 if bad:
                     raise BadPictures(bad)
         except OSError as error:
-            raise OSError(f"cannot write {file}: {error.strerror}; --cache names another folder for it") from None
+            raise OSError(f"cannot write {file}: {error.strerror or error}; --cache names another folder for it") from None
     return np.memmap(file, np.uint8, "r", shape=shape)
 
 
@@ -376,13 +378,15 @@ def batches(images, tokens, image_of_caption, order, batch_size, start=0, rank=0
     """Yield (images uint8 (B, 3, H, W), tokens (B, L), captions (B,)) along `order`, from batch number `start` on.
 
     The next batch is read in a thread while the caller works on this one; the last may be smaller. Process `rank` of
-    `world` gets its contiguous part of each batch. All parts are equally long: a remainder of fewer than `world`
-    captions is dropped, and a last batch that is no more than that with it.
+    `world` gets its contiguous part of each batch. All get equally many: what `world` does not divide is dropped.
     """
     image_of_caption = np.asarray(image_of_caption)
-    chunks = [order[i:i + batch_size] for i in range(start * batch_size, len(order), batch_size)]
-    chunks = [chunk[rank * (len(chunk) // world):(rank + 1) * (len(chunk) // world)] for chunk in chunks
-              if len(chunk) >= world]
+
+    def share(batch):
+        size = len(batch) // world
+        return batch[rank * size:(rank + 1) * size]
+    chunks = [share(order[i:i + batch_size]) for i in range(start * batch_size, len(order), batch_size)]
+    chunks = [chunk for chunk in chunks if len(chunk)]
 
     def fetch(chunk):
         rows = torch.from_numpy(chunk)
@@ -609,19 +613,19 @@ def draw_aerial(rng, size=80):
 DYES = "red orange yellow green blue purple pink white black grey brown"
 # what is seen of a person, in the order of painting from the front: verb, colours, and shapes by kind as above
 WORN = {
-    "bag": ("carrying", DYES, {"backpack": "body -3 -7 3 -1.5",
-                               "handbag": "black 2.8 -0.4 3.2 1, body 1.8 1 4.2 3",
+    "bag": ("carrying", DYES, {"backpack": "body -3 -7 3 -1.5", "handbag": "black 2.8 -0.4 3.2 1, body 1.8 1 4.2 3",
                                "suitcase": "black 2.8 -0.4 3.2 3, body 1.8 3 4.2 9"}),
-    "skin": ("", "pale tan", {"skin": "body -1.9 0 -1 9 -2.4 9, body 1.9 0 1 9 2.4 9, body -0.5 -7 0.5 -7 3.4 0 -3.4 0"}),
+    "skin": ("", "pale tan", {"skin": "body -1.9 0 1.9 0 2.4 9 1 9 0 2 -1 9 -2.4 9, body -0.5 -7 0.5 -7 3.4 0 -3.4 0"}),
     "shoes": ("with", DYES, {"shoes": "body oval -2 9.2 1.2 0.7, body oval 2 9.2 1.2 0.7"}),
-    "bottom": ("in", DYES, {"trousers": "body -1.9 -0.5 0 -0.5 -0.7 8.5 -2.6 8.5, body 1.9 -0.5 0 -0.5 0.7 8.5 2.6 8.5",
-                            "shorts": "body -1.9 -0.5 0 -0.5 -0.3 4 -2.4 4, body 1.9 -0.5 0 -0.5 0.3 4 2.4 4",
+    "bottom": ("in", DYES, {"trousers": "body -1.9 -0.5 1.9 -0.5 2.6 8.5 0.7 8.5 0 2 -0.7 8.5 -2.6 8.5",
+                            "shorts": "body -1.9 -0.5 1.9 -0.5 2.4 4 0.3 4 0 2 -0.3 4 -2.4 4",
                             "skirt": "body -1.7 -0.5 1.7 -0.5 2.9 5 -2.9 5"}),
     "top": ("wearing", DYES, {"coat": "shade -1 -6.4 1 -6.4 3.6 -0.6 -3.6 -0.6, body -2.2 -6.4 2.2 2.5",
                               "shirt": "shade -1 -6.4 1 -6.4 3.6 -3 -3.6 -3, body -2.2 -6.4 2.2 0"}),
     "hair": ("with", "black brown blond grey", {"hair": "body oval 0 -8.2 1.5 1.7"}),
     "face": ("", "pale tan", {"skin": "body oval 0 -7.8 1.1 1.3"}),
     "hat": ("with", DYES, {"hat": "body -2.1 -9 2.1 -8.4, body oval 0 -9 1.4 1"})}
+FROM_BEHIND = ("skin", "shoes", "bottom", "top", "hair", "bag", "hat")
 
 
 def random_person(rng):
@@ -646,8 +650,8 @@ def draw_person(rng, person, size=(96, 48)):
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, rng.uniform(0.5, 0.9) * height, width, height), fill=floor)
     x, y, r = rng.uniform((0.45, 0.49, 0.42), (0.55, 0.51, 0.48)) * (width, height, height)
-    turn, flip, back = rng.normal(0, 0.03), pick(rng, (-1, 1)), ["skin", "shoes", "bottom", "top", "hair", "bag", "hat"]
-    for part in pick(rng, (list(WORN), back)):
+    turn, flip = rng.normal(0, 0.03), pick(rng, (-1, 1))
+    for part in pick(rng, (tuple(WORN), FROM_BEHIND)):
         colour, kind = person[part].split()
         if colour != "no":
             stamp(draw, WORN[part][2][kind], x, y, r, paints(rng, colour), turn, flip)
