@@ -49,24 +49,16 @@ class NoSplit(ValueError):
 
 def read_lines(path):
     """The lines of a UTF-8 text file; FileNotFoundError, or ValueError with the line that is not UTF-8."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist; give --data-root the folder with {path.name}")
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8])
-        raise FileNotFoundError(f"{path} is not there; {path.parent} holds {there or 'nothing'}")
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*"))[:8])
+        raise FileNotFoundError(f"{path} is not there; {path.parent} "
+                                + (f"holds {there}" if there else "does not exist or is empty"))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")       # splitlines() would cut at U+2028 and \f too
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line} is not UTF-8 text; convert the file first") from None
-    lines = text.removesuffix("\n").split("\n") if text else []      # splitlines() would cut at U+2028 and \f too
-    return [line.strip(" \r") for line in lines]
-
-
-def image_folder(root):
-    """The folder of pictures beside the caption files: `images`, the one `*_images`, or the root itself."""
-    found = [p for p in [root / "images", *sorted(root.glob("*_images"))] if p.is_dir()]
-    return found[0] if found else root
+    return [line.strip(" \r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def picture_path(folder, name, source):
@@ -76,8 +68,14 @@ def picture_path(folder, name, source):
     return str(folder / name)           # an absolute name stays as it is
 
 
+def image_folder(root):
+    """The folder of pictures beside the caption files: `images`, the one `*_images`, or the root itself."""
+    found = [p for p in [root / "images", *sorted(root.glob("*_images"))] if p.is_dir()]
+    return found[0] if found else root
+
+
 def pair_up(rows):
-    """Rows (path of a picture, caption, source of the caption) -> Pairs; equal paths are one picture."""
+    """Rows (path of a picture, caption, where it stands) -> Pairs; equal paths are one picture."""
     place = {path: n for n, path in enumerate(dict.fromkeys(path for path, _, _ in rows))}
     return Pairs(list(place), [caption.strip() for _, caption, _ in rows], [place[path] for path, _, _ in rows],
                  sources=[source for _, _, source in rows])
@@ -96,19 +94,19 @@ def read_precomp(root, split, seed=2):
     root, part, per_line = Path(root), *(("test", 1) if split == "test" else ("train", 5))
     names_file, captions_file = root / f"{part}_filename.txt", root / f"{part}_caps.txt"
     if (root / "train_caps.txt").exists() and not names_file.exists() and not captions_file.exists():
-        raise NoSplit(f"{root} has no test split: {names_file.name} and {captions_file.name} are not there")
+        raise NoSplit(f"{root} has no {names_file.name} and no {captions_file.name}")
     names, captions = read_lines(names_file), read_lines(captions_file)
     if len(captions) != per_line * len(names):
         raise ValueError(f"{captions_file} has {len(captions)} lines and {names_file.name} {len(names)}: "
                          f"{'as many' if per_line == 1 else 'five captions for each picture'} are expected")
-    paths = [picture_path(image_folder(root), name, f"{names_file}:{n}") for n, name in enumerate(names, 1)]
+    folder, line_of = image_folder(root), {}
+    paths = [picture_path(folder, name, f"{names_file}:{n}") for n, name in enumerate(names, 1)]
     rows = [(paths[m // per_line], caption, f"{captions_file.name}:{m + 1}") for m, caption in enumerate(captions)]
     if split == "test":
         return pair_up(rows)
-    line_of = {}
     for n, name in enumerate(names, 1):
-        if line_of.setdefault(name, n) != n:
-            raise ValueError(f"{names_file}:{n} repeats {name} of line {line_of[name]}; each picture stands there once")
+        if line_of.setdefault(name, n) < n:
+            raise ValueError(f"{names_file}:{n} repeats {name} of line {line_of[name]}")
     order = list(range(len(names)))
     random.Random(seed).shuffle(order)
     cut = int(0.8 * len(order))
@@ -116,25 +114,19 @@ def read_precomp(root, split, seed=2):
     return pair_up([rows[5 * k + i] for k in order for i in range(5)])
 
 
-def read_entries(path, split, keys):
-    """The entries of one split in a JSON list (or in the list `images`, Karpathy's) as pairs (source, entry).
+def read_entries(path, split, *keys):
+    """The entries of one split in a JSON list, or in Karpathy's `images`, as pairs (where it stands, entry).
 
-    Raises ValueError for what is no such list, with the entry that lacks one of the keys, or NoSplit.
+    Raises FileNotFoundError, ValueError for another layout, or NoSplit.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there") from None
-    except ValueError as error:
+        entries = json.loads("\n".join(read_lines(path)))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
     entries = entries.get("images") if isinstance(entries, dict) else entries
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} is not a list of entries with {', '.join(keys)}")
-    for n, entry in enumerate(entries):
-        lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if lacking:
-            raise ValueError(f"{path}: entry {n} has no {' and no '.join(lacking)}")
-    splits = [str(entry["split"]).lower().replace("restval", "train") for entry in entries]
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and set(keys) <= set(e) for e in entries):
+        raise ValueError(f"{path} is no list of entries that have {', '.join(keys)} each")
+    splits = [entry["split"].lower().replace("restval", "train") for entry in entries]      # restval is COCO's
     if split not in splits:
         raise NoSplit(f"{path} has no picture of split {split!r}; there are {dict(Counter(splits))}")
     return [(f"{path.name}, entry {n}", entry) for n, entry in enumerate(entries) if splits[n] == split]
@@ -144,7 +136,7 @@ def read_karpathy_json(path, split, images=None):
     """`dataset_*.json` in Karpathy's layout (images[].filename, .split, .sentences[].raw) -> Pairs.
 
     path: the file, or a folder with exactly one `dataset*.json`. images: the folder of pictures, by default the one
-    beside the file. split: train (with COCO's restval), val or test.
+    beside the file. split: train, val or test.
     """
     path = Path(path)
     if path.is_dir():
@@ -153,9 +145,9 @@ def read_karpathy_json(path, split, images=None):
             raise FileNotFoundError(f"{path} holds {len(found)} files dataset*.json, one is expected")
         path = found[0]
     folder, rows = Path(images) if images else image_folder(path.parent), []
-    for source, entry in read_entries(path, split, ("filename", "split", "sentences")):
+    for source, entry in read_entries(path, split, "filename", "split", "sentences"):
         image = picture_path(folder, os.path.join(entry.get("filepath", ""), entry["filename"]), source)
-        rows += [(image, sentence.get("raw", ""), source) for sentence in entry["sentences"] or [{}]]
+        rows += [(image, sentence["raw"], source) for sentence in entry["sentences"]]
     return pair_up(rows)
 
 
@@ -174,14 +166,14 @@ def read_reid(root, split, dataset=None):
     root, sets = Path(root), [dataset] if dataset else list(REID_SETS)
     found = [root / name for key in sets for name in REID_SETS[key][0] if (root / name).is_file()]
     if not found:
-        wanted = ", or ".join(f"{' or '.join(REID_SETS[key][0])} of {key} ({REID_SETS[key][1]})" for key in sets)
+        wanted = "; ".join(f"{' or '.join(REID_SETS[key][0])} of {key}, from {REID_SETS[key][1]}" for key in sets)
         hint = "; caption_all.json lacks the split" if (root / "caption_all.json").exists() else ""
         raise FileNotFoundError(f"{root} does not hold {wanted}{hint}")
     rows, person = [], {}
-    for source, entry in read_entries(found[0], split, ("id", "split", "captions")):
+    for source, entry in read_entries(found[0], split, "id", "split", "captions"):
         image = picture_path(root / "imgs", entry.get("file_path") or entry.get("img_path", ""), source)
         person[image] = int(entry["id"])
-        rows += [(image, caption, source) for caption in entry["captions"] or [""]]
+        rows += [(image, caption, source) for caption in entry["captions"]]
     pairs = pair_up(rows)
     pairs.ids = [person[image] for image in pairs.images]
     if split == "train":
@@ -191,31 +183,29 @@ def read_reid(root, split, dataset=None):
 
 
 def read_folder(root, split):
-    """Pictures of one's own, with `captions.tsv` in lines `picture<TAB>caption` or `picture<TAB>caption<TAB>split` -> Pairs.
+    """One's own pictures: `captions.tsv` in lines `picture<TAB>caption` or `picture<TAB>caption<TAB>split` -> Pairs.
 
-    A picture, named from root, may stand in several lines. Pictures without a split are sorted, shuffled with
-    random.seed(2) and dealt out: a tenth, at least one, to val and to test each, the others to train; one or two
-    pictures are all train. Raises NoSplit, or ValueError with the line.
+    A picture, named from root, may stand in several lines; the first tells its split. Pictures without one are sorted,
+    shuffled with random.seed(2) and dealt out: a tenth, at least one, to val and to test each, the others to train.
+    One or two pictures are all train. Raises NoSplit, or ValueError with the line.
     """
     file, rows, split_of = Path(root) / "captions.tsv", [], {}
     for n, line in enumerate(read_lines(file), 1):
-        name, *rest = line.split("\t")
-        if not line:
-            continue
-        if len(rest) not in (1, 2) or rest[1:] not in ([], ["train"], ["val"], ["test"]):
+        name, *fields = line.split("\t")
+        if len(fields) not in (1, 2) or fields[1:] not in ([], ["train"], ["val"], ["test"]):
             raise ValueError(f"{file}:{n} is not picture<TAB>caption, with or without <TAB>train, val or test")
         image = picture_path(file.parent, name, f"{file}:{n}")
-        if split_of.setdefault(image, rest[1:]) != rest[1:]:
-            raise ValueError(f"{file}:{n} puts {name} into another split than a line above")
-        rows.append((image, rest[0], f"{file.name}:{n}"))
+        split_of.setdefault(image, fields[1:])
+        rows.append((image, fields[0], f"{file.name}:{n}"))
     free = sorted(image for image in split_of if not split_of[image])
     random.Random(2).shuffle(free)
     tenth = max(1, len(free) // 10) if len(free) > 2 else 0
     for n, image in enumerate(free):
         split_of[image] = ["val" if n < tenth else "test" if n < 2 * tenth else "train"]
-    if [split] not in split_of.values():
+    rows = [row for row in rows if split_of[row[0]] == [split]]
+    if not rows:
         raise NoSplit(f"{file} has no picture of split {split!r}")
-    return pair_up([row for row in rows if split_of[row[0]] == [split]])
+    return pair_up(rows)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -227,9 +217,9 @@ def some(items, limit=20):
 
 
 class BadPictures(ValueError):
-    """Pictures that cannot be read; `reasons` says what is wrong, by path."""
+    """Pictures that cannot be used; `reasons` says why, by path."""
     def __init__(self, reasons):
-        super().__init__(f"{len(reasons)} pictures cannot be read: {some(reasons.values())}")
+        super().__init__(f"{len(reasons)} pictures cannot be used: {some(reasons.values())}")
         self.reasons = reasons
 
 
@@ -241,28 +231,20 @@ def decode(path, size):
         with Image.open(path) as image:
             return clip.preprocess(image, size).numpy()
     except Exception as error:          # a damaged file can raise almost anything in Pillow
-        return f"{path}: {getattr(error, 'strerror', None) or error or type(error).__name__}"
+        return f"{path}: {getattr(error, 'strerror', None) or error}"
 
 
-def write_pixels(file, paths, size):
-    """Decode pictures into a file that gets its name when it is whole; BadPictures names all that cannot be read."""
-    partial, bad = file.with_suffix(f".{os.getpid()}.partial"), {}
+@contextlib.contextmanager
+def made_whole(path):
+    """A draft of a file or folder, which gets its name only when it is whole: a part is never taken for the whole."""
+    draft = Path(f"{path}.{os.getpid()}.partial")
+    draft.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with (open(partial, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool,
-              contextlib.closing(pool.map(decode, paths, [size] * len(paths))) as pictures):
-            for path, pixels in zip(paths, tqdm(pictures, "reading pictures", len(paths), leave=False, disable=None)):
-                if isinstance(pixels, str):
-                    bad[path] = pixels
-                else:
-                    out.write(pixels)
-        if bad:
-            raise BadPictures(bad)
-        os.replace(partial, file)       # at once, so that two processes that make the same file do no harm
-    except OSError as error:
-        raise OSError(f"cannot write the picture cache {file}: {error.strerror}; --cache names another folder") from None
+        yield draft
+        if draft.is_file() or not Path(path).exists():      # a folder may have been made by another process meanwhile
+            os.replace(draft, path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
 
 
 def load_images(paths, size, cache="runs/cache"):
@@ -270,71 +252,81 @@ def load_images(paths, size, cache="runs/cache"):
 
     size: pixels or (H, W), as in `clip.preprocess`. The file in the folder `cache` holds the bare pixels and is named
     by the paths, their sizes and times of change, so that an edited picture makes a new one; one that was cut off is
-    made again. Raises BadPictures, which names every bad picture, or OSError where the cache cannot be written.
+    made again. Raises BadPictures, which names all of them, or OSError where the cache cannot be written.
     """
-    stats = [os.stat(path) if os.path.isfile(path) else None for path in paths]
-    marks = [(os.path.abspath(path), stat and (stat.st_size, stat.st_mtime_ns)) for path, stat in zip(paths, stats)]
+    marks = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths if os.path.isfile(p)]
     file = Path(cache) / f"{hashlib.sha256(repr((size, marks)).encode()).hexdigest()[:20]}.uint8"
     shape = (len(paths), 3, *((size, size) if isinstance(size, int) else size))
     if not file.is_file() or file.stat().st_size != math.prod(shape):
-        write_pixels(file, paths, size)
+        bad = {}
+        try:
+            with (made_whole(file) as draft, open(draft, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool,
+                  contextlib.closing(pool.map(decode, paths, [size] * len(paths))) as pictures):
+                pictures = tqdm(pictures, "reading pictures", len(paths), leave=False, disable=None)
+                for path, pixels in zip(paths, pictures):
+                    if isinstance(pixels, str):
+                        bad[path] = pixels
+                    else:
+                        out.write(pixels)
+                if bad:
+                    raise BadPictures(bad)
+        except OSError as error:
+            raise OSError(f"cannot write {file}: {error.strerror or error}; --cache names another folder for it") from None
     return np.memmap(file, np.uint8, "r", shape=shape)
 
 
-def keep(pairs, rows):
-    """Pairs with only the captions `rows` (indices) and the pictures that these are about."""
+def without(pairs, rows):
+    """Pairs without the captions `rows` (indices), and without the pictures that are left with no caption."""
+    rows = sorted(set(range(len(pairs.captions))) - set(rows))
     images = sorted({pairs.image_of_caption[m] for m in rows})
     place = {n: k for k, n in enumerate(images)}
     return Pairs([pairs.images[n] for n in images], [pairs.captions[m] for m in rows],
-                 [place[pairs.image_of_caption[m]] for m in rows],
-                 pairs.ids and [pairs.ids[n] for n in images], pairs.sources and [pairs.sources[m] for m in rows])
+                 [place[pairs.image_of_caption[m]] for m in rows], pairs.ids and [pairs.ids[n] for n in images],
+                 pairs.sources and [pairs.sources[m] for m in rows])
 
 
 def load(pairs, size, cache="runs/cache", skip_bad=False):
-    """Check all splits and decode their pictures: {split: Pairs} -> (the same without what is left out, images, notes).
+    """Decode the pictures of all splits: {split: Pairs} -> ({split: Pairs}, {split: uint8 (N, 3, H, W)}, notes).
 
-    images: {split: uint8 (N, 3, H, W)}, see `load_images`. Empty captions are left out, and pictures without one.
-    Raises one ValueError that names every bad picture of all splits; skip_bad leaves these out with their captions.
-    notes: what was left out, in lines. A split without a picture is a ValueError.
+    Empty captions are left out, and pictures that have no other. Bad pictures raise one ValueError that names those of
+    all splits; skip_bad leaves them out with their captions. A split without a picture is a ValueError.
+    notes: what was left out, in words.
     """
-    loaded, images, notes, bad = {}, {}, [], {}
+    pairs, images, notes, bad = dict(pairs), {}, [], {}
     for split, part in pairs.items():
-        # differs from PE-RSITR: empty captions are left out (RSITMD has 20, all in its train files)
-        rows = [m for m, caption in enumerate(part.captions) if caption.strip()]
-        if len(rows) < len(part.captions):
-            empty = sorted(set(range(len(part.captions))) - set(rows))
+        empty = [m for m, caption in enumerate(part.captions) if not caption.strip()]
+        if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             places = [part.sources[m] if part.sources else f"caption {m}" for m in empty]
-            notes.append(f"{split}: {len(empty)} empty captions left out: {some(places, 5)}")
-        part = keep(part, rows)
+            notes.append(f"{split}: {len(empty)} empty captions are left out: {some(places, 5)}")
+            pairs[split] = part = without(part, empty)
+        if not part.images:
+            raise ValueError(f"the split {split} has no picture that can be used")
         try:
-            images[split] = load_images(part.images, size, cache) if part.images else None
+            images[split] = load_images(part.images, size, cache)
         except BadPictures as error:
             bad |= error.reasons
-            notes.append(f"{split}: {len(error.reasons)} bad pictures left out: {some(error.reasons.values(), 5)}")
-            part = keep(part, [m for m, n in enumerate(part.image_of_caption) if part.images[n] not in error.reasons])
-            if skip_bad and part.images:
-                images[split] = load_images(part.images, size, cache)
-        if not part.images and not (bad and not skip_bad):
-            raise ValueError(f"the split {split} has no picture with a caption" + "".join(f"; {note}" for note in notes))
-        loaded[split] = part
-    if bad and not skip_bad:
-        raise ValueError(f"{len(bad)} pictures cannot be used: {some(bad.values())}; --skip-bad leaves them out")
-    return loaded, images, notes
+    if not bad:
+        return pairs, images, notes
+    if not skip_bad:
+        raise ValueError(f"{BadPictures(bad)}; --skip-bad leaves them out with their captions")
+    for split, part in pairs.items():
+        pairs[split] = without(part, [m for m, n in enumerate(part.image_of_caption) if part.images[n] in bad])
+    notes.append(f"{len(bad)} bad pictures are left out with their captions: {some(bad.values(), 5)}")
+    pairs, images, _ = load(pairs, size, cache)
+    return pairs, images, notes
 
 
 def erase(images):
     """Half of the pictures (B, 3, H, W) lose a box of 2 to 40 % of their area to CLIP's mean colour."""
     B, _, H, W = images.shape
-    area = torch.empty(B, 1, 1).uniform_(0.02, 0.4)
-    aspect = torch.empty(B, 1, 1).uniform_(math.log(0.3), math.log(3.3)).exp()      # height / width
-    aspect = aspect.clamp(area * H / W, H / W / area)       # differs from IRRA: a box that is too long is not redrawn
+    area, aspect = 0.02 + 0.38 * torch.rand(B, 1, 1), 0.3 * 11 ** torch.rand(B, 1, 1)       # aspect: height / width
+    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: a box that does not fit is not drawn again
     h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)
     box = (y >= top) & (y < top + h) & (x >= left) & (x < left + w) & (torch.rand(B, 1, 1) < 0.5)   # (B, H, W)
-    # differs from IRRA: the box is 0 after normalisation; there it is the mean again, about 0.5
-    mean = 255 * torch.tensor(clip.MEAN, device=images.device).view(3, 1, 1)
-    return torch.where(box[:, None].to(images.device), mean, images)
+    mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)  # differs from IRRA: 0 once normalised, there the mean again
+    return torch.where(box[:, None].to(images.device), mean.to(images), images)
 
 
 def augment(images, kind):
@@ -386,13 +378,15 @@ def batches(images, tokens, image_of_caption, order, batch_size, start=0, rank=0
     """Yield (images uint8 (B, 3, H, W), tokens (B, L), captions (B,)) along `order`, from batch number `start` on.
 
     The next batch is read in a thread while the caller works on this one; the last may be smaller. Process `rank` of
-    `world` gets its contiguous part of each batch. All parts are equally long: a remainder of fewer than `world`
-    captions is dropped, and a last batch that is no more than that with it.
+    `world` gets its contiguous part of each batch. All get equally many: what `world` does not divide is dropped.
     """
     image_of_caption = np.asarray(image_of_caption)
-    chunks = [order[i:i + batch_size] for i in range(start * batch_size, len(order), batch_size)]
-    chunks = [chunk[rank * (len(chunk) // world):(rank + 1) * (len(chunk) // world)] for chunk in chunks
-              if len(chunk) >= world]
+
+    def share(batch):
+        size = len(batch) // world
+        return batch[rank * size:(rank + 1) * size]
+    chunks = [share(order[i:i + batch_size]) for i in range(start * batch_size, len(order), batch_size)]
+    chunks = [chunk for chunk in chunks if len(chunk)]
 
     def fetch(chunk):
         rows = torch.from_numpy(chunk)
@@ -617,43 +611,35 @@ def draw_aerial(rng, size=80):
 
 
 DYES = "red orange yellow green blue purple pink white black grey brown"
-# what is seen of a person, in the order of painting from the front: its verb in captions, its colours, its kinds and
-# their shapes, in tenths of half the height
+# what is seen of a person, in the order of painting from the front: verb, colours, and shapes by kind as above
 WORN = {
-    "bag": ("carrying", DYES, {"backpack": "body -3.4 -7 3.4 -1.5",
-                               "handbag": "black 2.8 -0.4 3.2 1, body 1.8 1 4.2 3",
+    "bag": ("carrying", DYES, {"backpack": "body -3 -7 3 -1.5", "handbag": "black 2.8 -0.4 3.2 1, body 1.8 1 4.2 3",
                                "suitcase": "black 2.8 -0.4 3.2 3, body 1.8 3 4.2 9"}),
-    "skin": ("", "pale tan", {"skin": "body -1.7 0 -0.3 0 -1.2 9 -2.2 9, body 1.7 0 0.3 0 1.2 9 2.2 9, "
-                                      "body oval -3 -0.2 0.6 0.7, body oval 3 -0.2 0.6 0.7, body -0.5 -7 0.5 -6"}),
+    "skin": ("", "pale tan", {"skin": "body -1.9 0 1.9 0 2.4 9 1 9 0 2 -1 9 -2.4 9, body -0.5 -7 0.5 -7 3.4 0 -3.4 0"}),
     "shoes": ("with", DYES, {"shoes": "body oval -2 9.2 1.2 0.7, body oval 2 9.2 1.2 0.7"}),
-    "bottom": ("in", DYES, {"trousers": "body -1.9 -0.5 0 -0.5 -0.7 8.5 -2.6 8.5, body 1.9 -0.5 0 -0.5 0.7 8.5 2.6 8.5",
-                            "shorts": "body -1.9 -0.5 0 -0.5 -0.3 4 -2.4 4, body 1.9 -0.5 0 -0.5 0.3 4 2.4 4",
+    "bottom": ("in", DYES, {"trousers": "body -1.9 -0.5 1.9 -0.5 2.6 8.5 0.7 8.5 0 2 -0.7 8.5 -2.6 8.5",
+                            "shorts": "body -1.9 -0.5 1.9 -0.5 2.4 4 0.3 4 0 2 -0.3 4 -2.4 4",
                             "skirt": "body -1.7 -0.5 1.7 -0.5 2.9 5 -2.9 5"}),
-    "top": ("wearing", DYES, {
-        "coat": "shade -1 -6 -2.2 -6.2 -3.5 -0.6 -2.5 -0.6, shade 1 -6 2.2 -6.2 3.5 -0.6 2.5 -0.6, body -2.2 -6.4 2.2 2.5",
-        "shirt": "shade -1 -6 -2.2 -6.2 -3.5 -3 -2.5 -3, shade 1 -6 2.2 -6.2 3.5 -3 2.5 -3, body -2.2 -6.4 2.2 0"}),
-    "hair": ("with", "black brown blond grey", {"hair": "body oval 0 -8.2 1.5 1.7",
-                                                "braids": "body oval 0 -8.2 1.5 1.7, body -1.9 -8 -1.1 -3.5, "
-                                                          "body 1.1 -8 1.9 -3.5"}),
+    "top": ("wearing", DYES, {"coat": "shade -1 -6.4 1 -6.4 3.6 -0.6 -3.6 -0.6, body -2.2 -6.4 2.2 2.5",
+                              "shirt": "shade -1 -6.4 1 -6.4 3.6 -3 -3.6 -3, body -2.2 -6.4 2.2 0"}),
+    "hair": ("with", "black brown blond grey", {"hair": "body oval 0 -8.2 1.5 1.7"}),
     "face": ("", "pale tan", {"skin": "body oval 0 -7.8 1.1 1.3"}),
     "hat": ("with", DYES, {"hat": "body -2.1 -9 2.1 -8.4, body oval 0 -9 1.4 1"})}
+FROM_BEHIND = ("skin", "shoes", "bottom", "top", "hair", "bag", "hat")
 
 
 def random_person(rng):
     """What somebody looks like, {part: "colour kind"}, the same in all pictures; hardly two people are alike."""
     person = {part: f"{pick(rng, colours.split())} {pick(rng, kinds)}" for part, (_, colours, kinds) in WORN.items()}
-    bare = {part: "no " + part for part in ("bag", "hat") if rng.random() < 0.3}
-    return person | bare | {"face": person["skin"]}
+    return person | {"face": person["skin"]} | {part: f"no {part}" for part in ("bag", "hat") if rng.random() < 0.3}
 
 
 def describe_person(rng, person):
     """One caption: four of six parts in any order, as in the free sentences of CUHK-PEDES."""
-    clauses = []
-    for part in rng.permutation([part for part in WORN if WORN[part][0]])[:4]:
-        words = person[part]
-        article = "" if words.startswith("no ") or words.endswith(("s", "hair")) else "a "
-        clauses.append(f"{WORN[part][0]} {article}{words}".replace(" a orange", " an orange"))
-    return f"{pick(rng, ('a', 'the', 'this'))} person {', '.join(clauses[:3])} and {clauses[3]}"
+    parts = [(WORN[part][0], person[part]) for part in rng.permutation([part for part in WORN if WORN[part][0]])[:4]]
+    *most, last = [verb + (" " if words.startswith("no ") or words.endswith(("s", "hair")) else " a ") + words
+                   for verb, words in parts]
+    return f"{pick(rng, ('a', 'the', 'this'))} person {', '.join(most)} and {last}".replace(" a orange", " an orange")
 
 
 def draw_person(rng, person, size=(96, 48)):
@@ -665,25 +651,11 @@ def draw_person(rng, person, size=(96, 48)):
     draw.rectangle((0, rng.uniform(0.5, 0.9) * height, width, height), fill=floor)
     x, y, r = rng.uniform((0.45, 0.49, 0.42), (0.55, 0.51, 0.48)) * (width, height, height)
     turn, flip = rng.normal(0, 0.03), pick(rng, (-1, 1))
-    front, back = list(WORN), ["skin", "shoes", "bottom", "top", "hair", "bag", "hat"]
-    for part in pick(rng, (front, back)):
+    for part in pick(rng, (tuple(WORN), FROM_BEHIND)):
         colour, kind = person[part].split()
         if colour != "no":
             stamp(draw, WORN[part][2][kind], x, y, r, paints(rng, colour), turn, flip)
     return photograph(rng, image, haze=0), [describe_person(rng, person) for _ in range(2)]
-
-
-@contextlib.contextmanager
-def new_folder(root):
-    """A folder that gets its name only when it is whole, so that a part is never taken for the whole."""
-    draft = Path(f"{root}.{os.getpid()}.tmp")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        if not Path(root).exists():         # another process may have been faster
-            draft.rename(root)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_world(root, draw, images, test, seed, size=80):
@@ -695,8 +667,8 @@ def write_world(root, draw, images, test, seed, size=80):
     """
     if Path(root).exists():
         return
-    with new_folder(root) as draft:
-        (draft / "images").mkdir()
+    with made_whole(root) as draft:
+        (draft / "images").mkdir(parents=True)
         names, captions = {"train": [], "test": []}, {"train": [], "test": []}
         for i in range(images):
             image, five = draw(np.random.default_rng((seed, i)), size)
@@ -710,24 +682,22 @@ def write_world(root, draw, images, test, seed, size=80):
 
 
 def write_people(root, people, views, seed, size=(96, 48)):
-    """Draw views of people in RSTPReid's layout: 70 % of the people for train, 10 % val, 20 % test.
+    """Draw views of people, 70 % of them for train, 10 % val, 20 % test, in RSTPReid's layout.
 
     Person i depends on (seed, i) alone. A folder that exists is left as it is.
     """
     if Path(root).exists():
         return
-    with new_folder(root) as draft:
-        (draft / "imgs").mkdir()
+    with made_whole(root) as draft:
+        (draft / "imgs").mkdir(parents=True)
         entries = []
         for i in range(people):
             rng = np.random.default_rng((seed, i))
-            person = random_person(rng)
-            split = "train" if i < 0.7 * people else "val" if i < 0.8 * people else "test"
+            person, split = random_person(rng), "train" if i < 0.7 * people else "val" if i < 0.8 * people else "test"
             for view in range(views):
                 image, captions = draw_person(rng, person, size)
-                name = f"{i:04d}_{view:02d}.png"
-                image.save(draft / "imgs" / name, compress_level=1)
-                entries.append({"id": i, "img_path": name, "captions": captions, "split": split})
+                entries.append({"id": i, "img_path": f"{i:04d}_{view}.png", "captions": captions, "split": split})
+                image.save(draft / "imgs" / entries[-1]["img_path"], compress_level=1)
         (draft / "data_captions.json").write_text(json.dumps(entries))
 
 
@@ -754,12 +724,15 @@ def read(dataset, root, split):
     return readers.get(dataset, read_precomp)(root, split)
 
 
-def check(dataset, root):
-    """Print what each split holds -> all that is wrong, as a list of lines; a split that does not exist is not wrong."""
-    wrong = []
+def main():
+    """Print what each split holds, then all that is missing, with exit code 2; to lack a split is no mistake."""
+    parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is missing.")
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("--data-root", help="its folder")
+    args, wrong = parser.parse_args(), []
     for split in ("train", "val", "test"):
         try:
-            pairs = read(dataset, root, split)
+            pairs = read(args.dataset, args.data_root, split)
         except NoSplit as error:
             print(f"{split:5} no such split: {error}")
         except (ValueError, OSError) as error:
@@ -769,18 +742,8 @@ def check(dataset, root):
                   f"{len(set(pairs.captions)):6d} of them distinct, {pairs.captions.count('')} empty"
                   + (f", {len(set(pairs.ids))} ids" if pairs.ids else ""))
             folders = Counter(os.path.dirname(path) for path in pairs.images if not os.path.isfile(path))
-            wrong += [f"{split}: {count} pictures missing in {folder}" for folder, count in folders.items()]
-    return list(dict.fromkeys(wrong))
-
-
-def main():
-    """Print what each split holds, and all that is missing; exit code 2 if something is."""
-    parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is missing.")
-    parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("--data-root", help="its folder")
-    args = parser.parse_args()
-    wrong = check(args.dataset, args.data_root)
-    for line in wrong:
+            wrong += [f"{split}: {count} pictures are missing in {folder}" for folder, count in folders.items()]
+    for line in dict.fromkeys(wrong):
         print(f"data.py: error: {line}", file=sys.stderr)
     sys.exit(2 if wrong else 0)
 
