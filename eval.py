@@ -1,39 +1,53 @@
-"""Evaluation: recall@K with ties at their expected value, test of a run or of plain CLIP, tables and pictures.
+"""Evaluation: metrics with ties at their expected value, tests of runs and of plain CLIP, search, tables, pictures.
 
-    python eval.py runs/x                                       a run, on the data set it was trained for
-    python eval.py runs/x --dataset ucm --data-root ucm_precomp  ... or on another one
+    python eval.py runs/x                                          a run, on the data set it was trained for
+    python eval.py runs/x --dataset ucm --data-root ucm_precomp    ... or on another one
     python eval.py ViT-B/32 --dataset ucm --data-root ucm_precomp  plain CLIP, zero-shot
-    python eval.py --table runs/*                               finished runs side by side, mean and spread over seeds
+    python eval.py --table runs/*                                  finished runs side by side, mean and spread
+    python eval.py runs/x --query "two boats in a harbour"         search in the run's data set
+    python eval.py runs/x --query-image boat.jpg --gallery photos  search in a folder, or a picture's neighbours
+    python eval.py runs/x --sheet 8                                random test captions and what they find
 
-Retrieval protocol: i2t, each of N pictures ranks all M captions, and the best of its own counts; t2i, each caption
-ranks the N pictures. R@K is the percentage ranked in the top K, mR the mean of the six. Many captions of these
-data sets are identical and tie exactly, so a tie counts as its expected value under random order: a collapsed model
-scores chance, and not 100 or whatever the sort happens to do.
+Retrieval: i2t, each of N pictures ranks all M captions, and the best of its own counts; t2i, each caption ranks the
+N pictures. R@K is the percentage ranked in the top K, mR the mean of the six. Re-identification: each caption ranks
+the pictures, and all pictures of its person are right; Rank-K, mAP, mINP. Many captions of these data sets are
+identical and tie exactly, so a tie counts as its expected value under random order: a collapsed model scores chance,
+and not 100 or whatever the sort happens to do.
 
-Shapes: N pictures, M captions, Q queries, G gallery items, D joint width.
+Shapes: N pictures, M captions, Q queries, G gallery items, B rows of a chunk, P own items of a query, D joint width.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
+import os
+import random
+import statistics
 import sys
+import textwrap
 import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import adapters
 import clip
 import data
 
-RECALLS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+KS = (1, 5, 10)
+RECALLS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in KS]
 REID = ["R1", "R5", "R10", "mAP", "mINP"]
 COLUMNS = {     # of a table, by the headline figure: name in the metrics -> head of the column
     "mR": dict(zip([*RECALLS, "mR"], ["i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "mR"])),
     "R1": dict(zip(REID, REID))}
+TABLE_PNG, SHEET_PNG = "runs/table.png", "runs/sheet.png"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")      # of pictures in a gallery
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -82,17 +96,24 @@ def count_ties(similarity, query_ids, gallery_ids, size=2 ** 24):
     return [torch.cat(counts[n::4]).double() for n in (0, 1, 2, 3)]
 
 
-def expected_hits(above, tied, own_tied, k):
-    """Probability that the top K holds an own item, (Q,), from the counts of each query's best own item.
+def places(tied, own_tied):
+    """Yield (i, probability that i of the tied items come before the first own one), i = 0, 1, ...
 
-    With g items above it and t tied, p of them own, it is 1 - C(t-p, K-g) / C(t, K-g): the chance that K-g draws out of
-    the tied ones meet an own one.
+    With p own ones among t in random order it is C(t-1-i, p-1) / C(t, p), and the same for i coming after the last.
     """
-    miss = torch.ones_like(above)
-    for i in range(k):      # C(t-p, d) / C(t, d) = product over i < d of (t-p-i) / (t-i)
-        draw = (tied - own_tied - i).clamp(min=0) / (tied - i).clamp(min=1)
-        miss = torch.where(i < k - above, miss * draw, miss)
-    return 1 - miss
+    i, probability = 0, own_tied / tied
+    while probability.any():
+        yield i, probability
+        probability = probability * (tied - own_tied - i) / (tied - 1 - i).clamp(min=1)
+        i += 1
+
+
+def hit_rates(above, tied, own_tied):
+    """Percentage of queries with an own item in the top 1, 5, 10 -> [R@1, R@5, R@10]; counts of the best own items."""
+    hits = torch.zeros(len(KS), dtype=torch.float64)
+    for i, probability in itertools.islice(places(tied, own_tied), max(KS)):
+        hits += torch.stack([(probability * (above + i < k)).mean() for k in KS])
+    return (100 * hits).tolist()
 
 
 def expected_precision(above, tied, own_above, own_tied):
@@ -109,19 +130,6 @@ def expected_precision(above, tied, own_above, own_tied):
     return precision.where(tied > 0, 0).sum(dim=1) / (tied > 0).sum(dim=1)
 
 
-def expected_penalty(above, tied, own_tied):
-    """Expected 1 / rank of the last own item, (Q,), from the counts of each query's worst own item.
-
-    The last of p own items among t tied is at place m of them with probability C(m-1, p-1) / C(t, p), m = p..t.
-    """
-    place, weight, total = tied, own_tied / tied, torch.zeros_like(tied)
-    while weight.any():     # from m = t down to p
-        total = total + weight / (above + place)
-        weight = weight * (place - own_tied) / (place - 1).clamp(min=1)
-        place = place - 1
-    return total
-
-
 def retrieval_metrics(similarity, image_of_caption):
     """Recalls of image-text retrieval in percent, ties at their expected value (see the head of this file).
 
@@ -135,7 +143,7 @@ def retrieval_metrics(similarity, image_of_caption):
     recalls = []
     for way in ((similarity, images, captions), (similarity.T, captions, images)):
         above, tied, _, own_tied = (count[:, -1] for count in count_ties(*way))
-        recalls += [100 * expected_hits(above, tied, own_tied, k).mean().item() for k in (1, 5, 10)]
+        recalls += hit_rates(above, tied, own_tied)
     return {**dict(zip(RECALLS, recalls)), "mR": sum(recalls) / 6}
 
 
@@ -148,13 +156,13 @@ def reid_metrics(similarity, query_ids, gallery_ids):
     Raises ValueError for NaN, shapes that do not fit, or a query without an item of its id.
     """
     counts = count_ties(as_matrix(similarity), torch.as_tensor(query_ids), torch.as_tensor(gallery_ids))
-    above, tied, _, own_tied = (count[:, -1] for count in counts)
-    metrics = {f"R{k}": expected_hits(above, tied, own_tied, k) for k in (1, 5, 10)}
-    metrics["mAP"] = expected_precision(*counts)
-    owned = (counts[1] > 0).sum(dim=1)                                        # P of each query
-    above, tied, _, own_tied = (count.gather(1, count.shape[1] - owned[:, None])[:, 0] for count in counts)
-    metrics["mINP"] = owned * expected_penalty(above, tied, own_tied)
-    return {name: 100 * value.mean().item() for name, value in metrics.items()}
+    above, tied, _, own_tied = (count[:, -1] for count in counts)             # of the best own item
+    metrics = dict(zip(REID, hit_rates(above, tied, own_tied)))
+    metrics["mAP"] = 100 * expected_precision(*counts).mean().item()
+    P = (counts[1] > 0).sum(dim=1)
+    above, tied, _, own_tied = (count.gather(1, count.shape[1] - P[:, None])[:, 0] for count in counts)     # the worst
+    inverse_rank = sum(probability / (above + tied - i) for i, probability in places(tied, own_tied))
+    return {**metrics, "mINP": 100 * (P * inverse_rank).mean().item()}
 
 
 def as_matrix(similarity):
@@ -183,6 +191,11 @@ def headline(metrics):
 
 # ---------------------------------------------------------------------------------------------- encoding
 
+def autocast(model, precision):
+    """bf16 products where a run was made with them; "fp32" changes nothing."""
+    return torch.autocast(model.logit_scale.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 @torch.no_grad()
 def encode_images(model, images, batch_size=128):
     """uint8 (N, 3, H, W) array -> unit features (N, D), float32 on the CPU."""
@@ -210,7 +223,7 @@ def evaluate(model, tokenizer, pairs, images, precision="fp32"):
     """Metrics of one model on one split: pairs from a reader of data.py, images its uint8 array (N, 3, H, W)."""
     model.eval()
     tokens = tokenizer(pairs.captions, model.config.context_length)
-    with torch.autocast(model.logit_scale.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(model, precision):
         image_features, text_features = encode_images(model, images), encode_texts(model, tokens)
     return split_metrics(Product(image_features, text_features), pairs)
 
@@ -218,11 +231,18 @@ def evaluate(model, tokenizer, pairs, images, precision="fp32"):
 # ---------------------------------------------------------------------------------------------- runs
 
 def fingerprint(model):
-    """16 hex digits that tell one set of CLIP weights from another: a method fits the CLIP it was trained on only."""
+    """16 hex digits that tell one set of weights from another, CLIP's and a method's: a method fits the CLIP it was
+    trained on only, and features fit the model they were made with."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.openai_state_dict().items()):
+    for name, value in sorted({**model.openai_state_dict(), **adapters.trainable_state(model)}.items()):
         digest.update(name.encode() + value.detach().float().flatten()[:1024].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_run(name):
+    """Whether a name, file or folder is a run of train.py; otherwise it is for load_clip."""
+    with clip.loading(name):
+        return name not in clip.URLS and "settings" in clip.read_file(name)
 
 
 def load_checkpoint(path):
@@ -230,19 +250,23 @@ def load_checkpoint(path):
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; a run of train.py leaves a folder with best.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torch raises half a dozen kinds for a damaged or foreign file
-        raise ValueError(f"{path} is no checkpoint of train.py, or damaged: {str(error).splitlines()[0]}") from None
-    if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it has no settings in it")
-    return checkpoint
+    if not is_run(path):
+        raise ValueError(f"{path} is no checkpoint of train.py, it has no settings; a CLIP is for load_clip")
+    with clip.loading(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_run(path, device="cpu"):
-    """Model with its method and tokenizer as a run of train.py left them -> (model, tokenizer, settings)."""
+    """Model with its method and tokenizer as a run of train.py left them -> (model, tokenizer, settings).
+
+    Raises FileNotFoundError, or ValueError for a damaged file, another kind of file, or another CLIP than the run's.
+    """
     checkpoint = load_checkpoint(path)
     settings = checkpoint["settings"]
+    lacks = [key for key in ("trained", "merges", "fingerprint") if key not in checkpoint]
+    lacks += [key for key in ("model", "image_size", "activation", "method", "sizes") if key not in settings]
+    if lacks:
+        raise ValueError(f"{path} lacks {', '.join(lacks)}: a run's best.pt of this version is needed, not last.pt")
     source = path if "state_dict" in checkpoint else settings["model"]
     model = clip.load_clip(source, settings["image_size"], activation=settings["activation"])
     if "state_dict" not in checkpoint and fingerprint(model) != checkpoint["fingerprint"]:
@@ -253,7 +277,18 @@ def load_run(path, device="cpu"):
     return model.to(device).eval(), clip.Tokenizer(merges=checkpoint["merges"]), settings
 
 
-# ---------------------------------------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------------------------------------- tables
+
+PAPER_DATA = ("rsicd", "rsitmd", "ucm")     # arXiv 2308.12509, tables I-III: test mR with OpenAI's ViT-B/32 on each
+PAPER_MR = {
+    "zero-shot": (15.04, 23.89, 33.08), "full fine-tuning": (30.39, 45.33, 52.43),
+    "linear-probe": (24.46, 36.25, 51.30), "coop": (17.29, 30.51, 44.95), "vpt": (21.72, 34.14, 49.77),
+    "vl-prompt": (19.61, 32.40, 47.50), "adapter": (24.84, 32.37, 52.74), "clip-adapter": (21.65, 32.38, 44.82),
+    "convpass": (21.38, 32.55, 52.91), "adaptformer": (28.10, 34.51, 53.69),
+    "cross-modal-adapter": (27.96, 38.06, 53.35), "uniadapter": (28.84, 39.23, 54.59), "mrs, hmmc": (31.12, 44.47, 55.71)}
+# settings that make no other experiment, or that others imply
+INCIDENTAL = ("seed", "out", "resume", "cache", "device", "data_root", "sizes", "trained_parameters")
+
 
 def label(settings):
     """What a run is called in a table: what was trained, and by which loss."""
@@ -263,123 +298,370 @@ def label(settings):
     return f"{what}, {settings['loss']}{', same masked' * settings['mask_same']}"
 
 
-def markdown(rows):
-    """Markdown table of rows of strings, the first being the head; the columns line up in a terminal too."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[cell.rjust(width) if n else cell.ljust(width) for n, (cell, width) in enumerate(zip(row, widths))]
-             for row in rows]
-    lines = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([lines[0], "|:--" + "|--:" * (len(widths) - 1) + "|", *lines[1:]])
+def table(rows, spreads=(), more=()):
+    """Markdown table of results, its columns lined up for a terminal too.
 
-
-def table(rows):
-    """Markdown table of results. rows: (label, trained parameters or None, share in percent, metrics)."""
-    columns = COLUMNS[headline(rows[0][3])[0]]
-    lines = [["", "trained", "share", *columns.values()]]
-    for name, trained, share, metrics in rows:
+    rows: (label, trained parameters or None, share in percent, metrics). spreads: of the headline figures, None where there is none.
+    more: further columns, lists of strings that start with their head.
+    """
+    name, _ = headline(rows[0][3])
+    lines = [["", "trained", "share", *COLUMNS[name].values()]]
+    for (label, trained, share, metrics), spread in itertools.zip_longest(rows, spreads):
         size = ["", ""] if trained is None else [f"{trained:,}".replace(",", " "), f"{share:.2f} %"]
-        lines.append([name, *size, *(f"{metrics[column]:.2f}" for column in columns)])
-    return markdown(lines)
+        figures = {column: f"{metrics[column]:.2f}" for column in COLUMNS[name]}
+        figures[name] += f" ± {spread:.2f}" if spread is not None else ""
+        lines.append([label, *size, *figures.values()])
+    columns = [*zip(*lines), *more]
+    width = [max(map(len, column)) for column in columns]
+    head, *lines = (" | ".join([label.ljust(width[0]), *(cell.rjust(w) for cell, w in zip(line, width[1:]))])
+                    for label, *line in zip(*columns))
+    return "\n".join([f"| {head} |", "|:--" + "|--:" * (len(columns) - 1) + "|", *(f"| {line} |" for line in lines)])
 
 
-def summarize(folders):
-    """Markdown table over finished runs: those that differ in their seed alone are one row, mR as mean +- std."""
-    groups = {}
+def read_runs(folders):
+    """The metrics.json of finished runs by what they were tested on, {heading: [run]}; other folders are named on
+    stderr. Raises ValueError if there is no finished run among them."""
+    found = {}
     for folder in folders:
-        path = Path(folder) / "metrics.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: {folder} is no finished run of train.py")
-        run = json.loads(path.read_text())
-        same = {k: v for k, v in run["settings"].items() if k not in ("seed", "out", "resume", "cache")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    columns = COLUMNS[headline(next(iter(groups.values()))[0]["rows"][-1][3])[0]]
-    lines = [["", "trained", "share", *columns.values(), "seeds", "minutes", "GB"]]
-    for runs in groups.values():
-        _, trained, share, metrics = runs[0]["rows"][-1]
-        values = {name: np.array([run["rows"][-1][3][name] for run in runs]) for name in columns}
-        cells = {name: f"{value.mean():.2f}" for name, value in values.items()}
-        if len(runs) > 1:
-            name, _ = headline(metrics)
-            cells[name] += f" ± {values[name].std(ddof=1):.2f}"
-        lines.append([label(runs[0]["settings"]), f"{trained:,}".replace(",", " "), f"{share:.2f} %", *cells.values(),
-                      str(len(runs)), f"{np.mean([run['minutes'] for run in runs]):.1f}",
-                      f"{max(run['memory_gb'] for run in runs):.1f}"])
-    return markdown(lines)
+        try:
+            run = json.loads((Path(folder) / "metrics.json").read_text())
+            settings = run["settings"]
+            place = Path(settings["data_root"] or "").name
+            found.setdefault(f"{settings['dataset']} {settings['test_split']} {place}".strip(), []).append(run)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"eval.py: {folder} is left out, it is no finished run: {error}", file=sys.stderr)
+    if not found:
+        raise ValueError(f"no finished run of train.py among {', '.join(map(str, folders))}")
+    return found
+
+
+Result = namedtuple("Result", "label trained share metrics spread runs")
+
+
+def average(runs):
+    """Results of runs on one data set, those that differ by seed alone as one: chance first, then from the worst on.
+
+    A Result is a row of `table` with the mean metrics, the spread (standard deviation of the headline figure over
+    seeds, None for one seed) and its runs. Those of the same label get the settings in which they differ.
+    """
+    groups, results = {}, []
+    for run in runs:
+        settings = {k: v for k, v in (run["settings"] | run["settings"].get("sizes", {})).items() if k not in INCIDENTAL}
+        for row in run["rows"]:
+            key = settings if row[1] else {"model": settings["model"]} if row[1] == 0 else {}
+            groups.setdefault((row[0], json.dumps(key, sort_keys=True)), []).append((row, run))
+    for (name, key), members in groups.items():
+        rows, runs = zip(*members)
+        _, trained, share, metrics = rows[0]
+        twins = [json.loads(other) for twin, other in groups if twin == name]
+        differs = [f"{k} {v}" for k, v in json.loads(key).items() if any(twin.get(k) != v for twin in twins)]
+        mean = {figure: statistics.fmean(row[3][figure] for row in rows) for figure in metrics}
+        several = trained and len(rows) > 1
+        spread = statistics.stdev(headline(row[3])[1] for row in rows) if several else None
+        results.append(Result(", ".join([name, *differs]), trained, share, mean, spread, runs))
+    return sorted(results, key=lambda result: (result.trained is not None, headline(result.metrics)[1]))
+
+
+def summarize(results, dataset):
+    """Markdown table of results of `average`; on the paper's data sets its figures are the last column."""
+    costs = [("", "", "") if not result.trained else
+             (f"{len(result.runs)}", f"{statistics.fmean(run['minutes'] for run in result.runs):.1f}",
+              f"{max(run['memory_gb'] for run in result.runs):.1f}") for result in results]
+    more = [[head, *column] for head, column in zip(("seeds", "minutes", "GB"), zip(*costs))]
+    if dataset in PAPER_DATA:
+        more.append(["published mR, ViT-B/32"])
+        for result in results:
+            found = [mR for name, mR in PAPER_MR.items() if f"{result.label},".startswith(f"{name},")]
+            more[-1].append(f"{found[0][PAPER_DATA.index(dataset)]:.2f}" if found else "")
+    return table([result[:4] for result in results], [result.spread for result in results], more)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+INK, PALE, RED, BLUE, GREEN = "#333333", "#dddddd", "#c0392b", "#1f5fa8", "#1a7f37"
+
+
+def chart(size, title, bottom, left, right={}):
+    """White canvas with axes, which run from their first tick {position: text} to the last, at twice the size: reduced
+    in the end, lines are smooth. -> (image, draw, font, place); place(x, y) gives the pixel of a position."""
+    W, H, x0, x1, y0, y1 = 2 * size[0], 2 * size[1], min(bottom), max(bottom), min(left), max(left)
+    image, font = Image.new("RGB", (W, H), "white"), ImageFont.load_default(26)
+    draw = ImageDraw.Draw(image)
+
+    def place(x, y):
+        return 130 + (x - x0) / (x1 - x0) * (W - 260), H - 110 - (y - y0) / (y1 - y0) * (H - 190)
+    for y, text in left.items():
+        draw.line([place(x0, y), place(x1, y)], PALE, 2)
+        draw.text((118, place(x0, y)[1]), text, INK, font, anchor="rm")
+    for y, text in right.items():
+        draw.text((W - 118, place(x1, y)[1]), text, INK, font, anchor="lm")
+    for x, text in bottom.items():
+        draw.text((place(x, y0)[0], H - 80), text, INK, font, anchor="mm")
+    draw.text((W / 2, H - 30), title, INK, font, anchor="mm")
+    return image, draw, font, place
 
 
 def plot_curve(history, path, size=(720, 360)):
-    """Training curve as a PNG: loss and validation mR over epochs, each on its own axis.
+    """Training curve as a PNG: the loss, and the validation figure that chooses the epoch, each on its axis from 0.
 
-    history: dicts with epoch, loss and val_mR. Drawn at twice the size and reduced, for smooth lines.
+    history: dicts with epoch, loss and the validation metrics, their names after val_.
     """
-    W, H = 2 * size[0], 2 * size[1]
-    image = Image.new("RGB", (W, H), "white")
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(26)
-    left, right, top, bottom = 130, W - 130, 70, H - 90
-    last = max(row["epoch"] for row in history)
-    for y in (bottom - (bottom - top) * n / 4 for n in range(5)):
-        draw.line([(left, y), (right, y)], fill="#e4e4e4", width=2)
-    for key, label, colour, anchor, edge in (("loss", "loss", "#c0392b", "rm", left - 12),
-                                             ("val_mR", "validation mR", "#1f5fa8", "lm", right + 12)):
-        values = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
-        low, high = min(0.0, *(v for _, v in values)), max(v for _, v in values) or 1.0
-        points = [(left + (right - left) * e / max(last, 1), bottom - (bottom - top) * (v - low) / (high - low))
-                  for e, v in values]
-        for n in range(5):
-            y, value = bottom - (bottom - top) * n / 4, low + (high - low) * n / 4
-            draw.text((edge, y), f"{value:.3g}", colour, font, anchor=anchor)
-        draw.line(points, fill=colour, width=5, joint="curve")
-        for x, y in points:
-            draw.ellipse([x - 6, y - 6, x + 6, y + 6], fill=colour)
-        draw.text((left if anchor == "rm" else right, 36), label, colour, font, anchor="lm" if anchor == "rm" else "rm")
-    for n in range(6):
-        x = left + (right - left) * n / 5
-        draw.text((x, bottom + 30), f"{last * n / 5:.3g}", "#444444", font, anchor="mm")
-    draw.text(((left + right) / 2, H - 24), "epoch", "#444444", font, anchor="mm")
+    last = history[-1]["epoch"]
+    figure = "val_" + headline({name.removeprefix("val_"): value for name, value in history[-1].items()})[0]
+    step, high = math.ceil(last / 10), {key: max(row[key] for row in history) or 1.0 for key in ("loss", figure)}
+    left, right = ({n / 4: f"{high[key] * n / 4:.3g}" for n in range(5)} for key in high)
+    image, draw, font, place = chart(size, "epoch", {n: str(n) for n in range(0, last + step, step)}, left, right)
+    for key, colour, x, anchor in (("loss", RED, 130, "lm"), (figure, BLUE, 2 * size[0] - 130, "rm")):
+        points = [place(row["epoch"], row[key] / high[key]) for row in history]
+        draw.line(points, colour, 5, joint="curve")
+        for point in points:
+            draw.circle(point, 6, colour)
+        draw.text((x, 36), key.replace("val_", "validation "), colour, font, anchor=anchor)
     image.resize(size, Image.LANCZOS).save(path)
 
 
-def main():
-    """Test one run or plain CLIP, or print a table of runs."""
-    parser = argparse.ArgumentParser(description="Test of a run, or of plain CLIP.")
-    parser.add_argument("run", nargs="?",
-                        help="folder of a run; or plain CLIP: a name such as ViT-B/32, or a weight file")
-    parser.add_argument("--table", nargs="+", metavar="RUN", help="print one table of these finished runs instead")
-    parser.add_argument("--dataset", choices=data.DATASETS, help="default: the run's own")
-    parser.add_argument("--data-root", help="folder of the data set; default: the run's own")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
-    parser.add_argument("--cache", default="runs/cache", help="folder of decoded pictures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+def free_box(draw, font, text, x, y, taken):
+    """The box nearest to a point in which a text covers nothing that is taken."""
+    for radius, angle in itertools.product(range(24, 400, 8), range(0, 360, 15)):
+        across, down = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+        box = draw.textbbox((x + across, y + down), text, font, anchor="rm" if 90 < angle < 270 else "lm")
+        if all(box[0] > b[2] or b[0] > box[2] or box[1] > b[3] or b[1] > box[3] for b in taken):
+            break
+    return box
+
+
+def plot_table(results, path, title, size=(900, 540)):
+    """Headline figure over trained parameters as a PNG: a point and its spread over seeds for each trained result of
+    `average`, and a line across for zero-shot and for full fine-tuning."""
+    results = [result for result in results if result.trained is not None]
+    powers = [math.floor(math.log10(result.trained)) for result in results if result.trained]
+    values = [headline(result.metrics)[1] + sign * (result.spread or 0) for result in results for sign in (-1, 1)]
+    low, high = 10 * math.floor(min(values) / 10), 10 * math.floor(max(values) / 10 + 1)
+    image, draw, font, place = chart(
+        size, title, {n: f"{10 ** n:,}".replace(",", " ") for n in range(min(powers), max(powers) + 2)},
+        {y: str(y) for y in range(low, high + 1, 5 if high - low <= 40 else 10)})
+    (left, bottom), (right, top) = place(min(powers), low), place(max(powers) + 1, high)
+    taken, points = [(0, 0, 2 * size[0], 0), (2 * size[0], 0, 2 * size[0], 2 * size[1])], []        # the edges
+    for result in results:
+        x, y = place(math.log10(result.trained or 10 ** min(powers)), headline(result.metrics)[1])
+        reach = (result.spread or 0) * (bottom - top) / (high - low)
+        if f"{result.label},".startswith(("zero-shot,", "full fine-tuning,")):
+            draw.line([(left, y), (right, y)], RED, 3)
+            taken.append((left, y - 2, right, y + 2))
+        if result.trained:
+            draw.line([(x, y - reach), (x, y + reach)], BLUE, 4)
+            draw.circle((x, y), 9, BLUE)
+        taken.append((x - 9, y - max(reach, 9), x + 9, y + max(reach, 9)))
+        points.append((result.label, x, y))
+    for text, x, y in points:
+        box = free_box(draw, font, text, x, y, taken)
+        draw.line([(x, y), (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))], BLUE, 1)
+        draw.text(box[:2], text, INK, font, anchor="lt")
+        taken.append(box)
+    image.resize(size, Image.LANCZOS).save(path)
+
+
+def draw_sheet(rows, path, columns=5, side=176):
+    """Contact sheet as a PNG. rows: (heading, [(picture file, line beneath it, colour of its frame)])."""
+    font, width, step = ImageFont.load_default(16), columns * (side + 16) + 16, side + 40
+    heights = [56 + math.ceil(len(found) / columns) * step for _, found in rows]
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for (heading, found), top in zip(rows, itertools.accumulate(heights, initial=0)):
+        draw.text((16, top + 8), textwrap.fill(heading, 110, max_lines=2, placeholder=" ..."), INK, font)
+        for n, (file, line, colour) in enumerate(found):
+            x, y = 16 + n % columns * (side + 16), top + 56 + n // columns * step
+            draw.rectangle((x - 5, y - 5, x + side + 4, y + side + 4), colour)
+            with Image.open(file) as image:
+                sheet.paste(ImageOps.pad(image.convert("RGB"), (side, side), color="white"), (x, y))
+            draw.text((x, y + side + 8), line, INK, font)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------- search
+
+def find_pictures(folder):
+    """The picture files under a folder, at any depth; FileNotFoundError if there is none."""
+    found = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names
+                   if name.lower().endswith(SUFFIXES))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no picture ({', '.join(SUFFIXES)}), or is not there")
+    return found
+
+
+def decode(path, size):
+    """A picture file as uint8 (3, H, W); None, and a line on stderr, if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return clip.preprocess(image, size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        print(f"eval.py: {path} is left out: {error}", file=sys.stderr)
+
+
+def encode_files(model, paths, file, chunk=2048):
+    """Unit features of picture files -> (paths, features (N, D)), kept in `file` for the next time.
+
+    Only pictures that are new or changed since, by size and time, are decoded and encoded; `file` is written after each
+    `chunk` of them, so that a break loses no more. What cannot be read is left out; ValueError if nothing can.
+    """
+    stats = [os.stat(path) for path in paths]
+    path_of = {f"{stat.st_size} {stat.st_mtime_ns} {os.path.abspath(path)}": path for path, stat in zip(paths, stats)}
+    saved = {"keys": "", "features": torch.empty(0, model.config.embed_dim)}
+    if file.is_file():
+        with clip.loading(file):
+            saved = torch.load(file, weights_only=True)
+    row = {key: n for n, key in enumerate(saved["keys"].split("\0"))}
+    done, new = [key for key in path_of if key in row], [key for key in path_of if key not in row]
+    features = saved["features"][[row[key] for key in done]]
+    for i in tqdm(range(0, len(new), chunk), "new pictures", leave=False, disable=None):
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(lambda key: decode(path_of[key], model.config.image_size), new[i:i + chunk]))
+        images = {key: image for key, image in zip(new[i:i + chunk], images) if image is not None}
+        if images:
+            features = torch.cat([features, encode_images(model, torch.stack([*images.values()]).numpy())])
+            done += images
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            torch.save({"keys": "\0".join(done), "features": features}, partial)
+            os.replace(partial, file)
+    if not done:
+        raise ValueError(f"none of the {len(paths)} pictures can be read")
+    return [path_of[key] for key in done], features
+
+
+def right_pictures(pairs, text):
+    """Files of the pictures that have this very caption, and of their persons where there are ids."""
+    own = {n for caption, n in zip(pairs.captions, pairs.image_of_caption) if caption == text}
+    if pairs.ids is not None:
+        persons = {pairs.ids[n] for n in own}
+        own = {n for n, person in enumerate(pairs.ids) if person in persons}
+    return {pairs.images[n] for n in own}
+
+
+def search(args, model, tokenizer, settings):
+    """Print the pictures of a folder or a split that are nearest to the queries, and draw them as a sheet.
+
+    Right and wrong are known for a query that is a caption of the split.
+    """
+    pairs = None if args.gallery else read_pairs(args, settings)[1]
+    paths = find_pictures(args.gallery) if args.gallery else pairs.images
+    place = os.path.abspath(args.gallery or paths[0])       # a split's first picture is no other split's
+    key = repr((place, fingerprint(model), model.config.image_size, settings["precision"]))
+    file = Path(args.cache) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:20]}.pt"
+    queries, sheet = [args.query], []
+    if args.sheet:
+        captions = sorted(set(pairs.captions))
+        queries = random.Random(0).sample(captions, min(args.sheet, len(captions)))
+    with autocast(model, settings["precision"]):
+        if args.query_image:
+            queries, sheet = [args.query_image], [("query", [(args.query_image, "", BLUE)])]
+            with Image.open(args.query_image) as image:
+                features = encode_images(model, clip.preprocess(image, model.config.image_size)[None].numpy())
+        else:
+            features = encode_texts(model, tokenizer(queries, model.config.context_length))
+        paths, gallery = encode_files(model, paths, file)
+    top = min(len(paths), args.top if not args.sheet else 5)
+    for query, feature in zip(queries, features):
+        right, found = right_pictures(pairs, query) if pairs else set(), []
+        print(query)
+        for rank, (score, row) in enumerate(zip(*(gallery @ feature).topk(top)), 1):
+            path = paths[row]
+            mark, colour = (("right", GREEN) if path in right else ("wrong", RED)) if right else ("", PALE)
+            print(f"{rank:4d}  {score:.4f}  {path}  {mark}")
+            found.append((path, f"{rank}   {score:.3f}   {mark}", colour))
+        sheet.append((query, found))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(sheet, args.out)
+    print(f"written: {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+def parse(argv=None):
+    """Settings from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="a run's folder or best.pt; or plain CLIP: ViT-B/32 ..., or a weight file")
+    task = parser.add_argument_group("instead of a test").add_mutually_exclusive_group()
+    task.add_argument("--table", nargs="+", metavar="RUN", help="finished runs, for a table and a picture by data set")
+    task.add_argument("--query", metavar="TEXT", help="the pictures nearest to a sentence; right and wrong are marked "
+                                                      "if it is a caption of the data set")
+    task.add_argument("--query-image", metavar="FILE", help="the pictures nearest to a picture")
+    task.add_argument("--sheet", type=int, metavar="N", help="N random captions, and the pictures nearest to each")
+    where = parser.add_argument_group("where")
+    where.add_argument("--dataset", choices=data.DATASETS, help="by default the run's own")
+    where.add_argument("--data-root", metavar="DIR", help="its folder; by default the run's own")
+    where.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: %(default)s)")
+    where.add_argument("--gallery", metavar="DIR", help="search the pictures of this folder, at any depth, instead")
+    where.add_argument("--cache", default="runs/cache", metavar="DIR",
+                       help="keeps decoded pictures, and features for the next search (default: %(default)s)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--top", type=int, default=10, help="pictures shown (default: %(default)s; with --sheet: 5)")
+    how.add_argument("--out", metavar="PNG", help=f"the picture drawn (default: {TABLE_PNG} or {SHEET_PNG})")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
     if (args.run is None) == (args.table is None):
-        parser.error("give one run to test, or --table with finished runs")
+        parser.error("give one run, or --table with finished runs")
+    if args.gallery and not (args.query or args.query_image):
+        parser.error("--gallery is searched with --query or --query-image")
+    if args.top < 1:
+        parser.error(f"--top {args.top}: at least 1 is needed")
+    args.out = Path(args.out or (TABLE_PNG if args.table else SHEET_PNG))
+    return args
+
+
+def read_pairs(args, settings):
+    """The split of the flags' data set, or of the run's own -> (name of the data set, pairs)."""
+    dataset = args.dataset or settings.get("dataset")
+    root = args.data_root or (settings["data_root"] if dataset == settings.get("dataset") else None)
+    return dataset, data.read(dataset, root, args.split)
+
+
+def show_tables(args):
+    """Print a table of finished runs for each data set, and draw its picture."""
+    found = read_runs(args.table)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for heading, runs in found.items():
+        results = average(runs)
+        out = args.out if len(found) == 1 else args.out.with_stem(f"{args.out.stem}-{heading.replace(' ', '-')}")
+        print(f"{heading}\n\n{summarize(results, runs[0]['settings']['dataset'])}\n")
+        plot_table(results, out, f"{heading}: {headline(results[0].metrics)[0]} over trained parameters")
+        print(f"written: {out}\n")
+
+
+def test(args, model, tokenizer, settings):
+    """Print the metrics of a model on a split beside chance."""
+    dataset, pairs = read_pairs(args, settings)
+    images = data.load_images(pairs.images, model.config.image_size, args.cache)
+    start = time.time()
+    metrics = evaluate(model, tokenizer, pairs, images, settings["precision"])
+    print(f"{dataset} {args.split}: {len(pairs.images)} pictures, {len(pairs.captions)} captions, encoded in "
+          f"{time.time() - start:.1f} s")
+    trained = settings.get("trained_parameters", 0)
+    share = 100 * trained / sum(p.numel() for p in model.parameters())
+    name = label(settings) if "train" in settings else "zero-shot"
+    print(table([("chance", None, None, chance(pairs)), (name, trained, share, metrics)]))
+
+
+def main(argv=None):
+    """A test, a table or a search; mistakes end in one line and exit code 2."""
+    args = parse(argv)
     try:
         if args.table:
-            print(summarize(args.table))
-            return
-        if (Path(args.run) / "best.pt").is_file() or args.run.endswith("best.pt"):
+            return show_tables(args)
+        if is_run(args.run):
             model, tokenizer, settings = load_run(args.run, args.device)
-            name, trained = label(settings), settings["trained_parameters"]
+        elif not (args.dataset or args.gallery):
+            raise ValueError(f"{args.run} is no run of train.py, so --dataset or --gallery must say which pictures")
         else:
             model, tokenizer = clip.load_clip(args.run, device=args.device), clip.Tokenizer(args.run)
-            settings, name, trained = {"precision": "fp32"}, "zero-shot", 0
-        dataset = args.dataset or settings.get("dataset")
-        if dataset is None:
-            raise ValueError(f"{args.run} is no run of train.py, so --dataset must say what to test on: "
-                             f"{', '.join(data.DATASETS)}")
-        root = args.data_root or (settings["data_root"] if dataset == settings.get("dataset") else None)
-        pairs = data.read(dataset, root, args.split)
-        images = data.load_images(pairs.images, model.config.image_size, args.cache)
-        start = time.time()
-        metrics = evaluate(model, tokenizer, pairs, images, settings["precision"])
+            settings = {"precision": "fp32"}
+        (search if args.query or args.query_image or args.sheet else test)(args, model, tokenizer, settings)
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{dataset} {args.split}: {len(pairs.images)} pictures, {len(pairs.captions)} captions, encoded in "
-          f"{time.time() - start:.1f} s")
-    share = 100 * trained / sum(p.numel() for p in model.parameters())
-    print(table([("chance", None, None, chance(pairs)), (name, trained, share, metrics)]))
+    except KeyboardInterrupt:
+        print("\nstopped; pictures encoded so far are kept", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
