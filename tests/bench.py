@@ -7,6 +7,7 @@ Each variant runs in a process of its own, which gives its peak memory, and the 
 of which the fastest counts: a busy machine slows some rounds, and a ratio of minima is what is left of that.
 """
 import argparse
+import random
 import resource
 import sys
 import tempfile
@@ -20,8 +21,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import numpy as np
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
 import adapters
 import clip
+import data
+import eval
 import losses
 import train
 
@@ -97,8 +104,21 @@ class PlainTower(nn.Module):
         return F.normalize(tower.pool(x, inputs), dim=-1)
 
 
+def drawn_tokens(captions, seed=0):
+    """Token ids (captions, 77) as long as real captions: mean 15, 95 % up to 24 (RSICD, RSITMD, UCM)."""
+    rng = np.random.default_rng(seed)
+    tokens = torch.zeros(captions, 77, dtype=torch.long)
+    for row, words in zip(tokens, rng.normal(14, 5, captions).clip(4, 40).astype(int).tolist()):
+        row[0], row[1:words], row[words] = 49406, torch.from_numpy(rng.integers(300, 49000, words - 1)), 49407
+    return tokens
+
+
+def autocast(device, variant):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=variant.endswith("bf16"))
+
+
 def step_job(variant, size, batch_size, device):
-    """Seconds a training step, and the loss with every dropout off, of one variant."""
+    """Seconds a training step, the loss with every dropout off, and TFLOP a step, of one variant."""
     torch.manual_seed(0)
     model = clip.CLIP(clip.SIZES[size])
     adapters.add_method(model, "mrs")
@@ -107,13 +127,9 @@ def step_job(variant, size, batch_size, device):
             nn.init.normal_(parameter, std=0.02)
     model = model.to(device)
     images = torch.randn(batch_size, 3, 224, 224).to(device)
-    tokens = torch.zeros(batch_size, 77, dtype=torch.long)
-    for row, words in zip(tokens, torch.randint(8, 25, (batch_size,)).tolist()):  # real captions: mean 15, 95 % <= 24
-        row[0], row[1:words], row[words] = 49406, torch.randint(300, 49000, (words - 1,)), 49407
-    tokens = tokens.to(device)
+    tokens = drawn_tokens(batch_size).to(device)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, 2e-4)
-    precision = "bf16" if variant.endswith("bf16") else "fp32"
     if variant.startswith("plain"):
         image_tower, text_tower = PlainTower(model.visual, "image"), PlainTower(model.text, "text")
 
@@ -121,7 +137,7 @@ def step_job(variant, size, batch_size, device):
             return losses.hmmc_loss(image_tower(images, 0), text_tower(tokens, 0),
                                     image_tower(images, dropout), text_tower(tokens, dropout))[0]
     else:
-        if precision == "bf16":
+        if variant.endswith("bf16"):
             train.freeze_in_bf16(model)
 
         def loss_of(dropout):
@@ -130,31 +146,169 @@ def step_job(variant, size, batch_size, device):
             return losses.hmmc_loss(image, text, image2, text2)[0]
 
     def step():
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, variant):
             loss = loss_of(0.2)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     model.eval()
-    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.no_grad(), autocast(device, variant):
         loss = loss_of(0.0).item()
     model.train()
-    return seconds(step), loss
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return seconds(step, repeats=2), loss, counter.get_total_flops() / 1e12
+
+
+def matrix_rate(device, dtype):
+    """What the machine reaches in one of the step's own products, in TFLOP/s."""
+    x, w = torch.randn(3200, 768, device=device, dtype=dtype), torch.randn(3072, 768, device=device, dtype=dtype)
+    return 2 * 3200 * 768 * 3072 / seconds(lambda: F.linear(x, w), repeats=20) / 1e12
 
 
 def bench_step(args):
     print(f"\ntraining step, MRS + HMMC, {args.model} with random weights, batch {args.batch_size}, {args.device}, "
           f"best of {args.rounds} rounds\n")
-    print("| | s/step | images/s | against plain | peak memory | loss, dropout off |\n|:--|--:|--:|--:|--:|--:|")
+    print("| | s/step | images/s | against plain | peak memory | loss, dropout off | of the matrix rate |")
+    print("|:--|--:|--:|--:|--:|--:|--:|")
     best = {}
     for _ in range(args.rounds):
         for variant in ("plain fp32", "plain bf16", "ours fp32", "ours bf16"):
-            (time_taken, loss), memory = in_process(step_job, variant, args.model, args.batch_size, args.device)
+            (time_taken, *rest), memory = in_process(step_job, variant, args.model, args.batch_size, args.device)
             if variant not in best or time_taken < best[variant][0]:
-                best[variant] = time_taken, loss, memory
-    for variant, (time_taken, loss, memory) in best.items():
+                best[variant] = time_taken, *rest, memory
+    rates = {"fp32": matrix_rate(args.device, torch.float32), "bf16": matrix_rate(args.device, torch.bfloat16)}
+    for variant, (time_taken, loss, tflop, memory) in best.items():
         print(f"| {variant} | {time_taken:.3f} | {args.batch_size / time_taken:.1f} "
-              f"| {best['plain fp32'][0] / time_taken:.2f}x | {memory:.2f} GB | {loss:.5f} |")
+              f"| {best['plain fp32'][0] / time_taken:.2f}x | {memory:.2f} GB | {loss:.6f} "
+              f"| {100 * tflop / time_taken / rates[variant[-4:]]:.0f} % |")
+    print("\nmatrix products alone: " + ", ".join(f"{rate:.3f} TFLOP/s in {name}" for name, rate in rates.items()))
+
+
+# ------------------------------------------------------------------------------- a step of each method
+
+def method_job(method, size, batch_size, device, image_size=None, loss="contrastive"):
+    """Seconds a training step of one method, "full" being CLIP itself, "stage 2" CLIP under fixed prompts."""
+    torch.manual_seed(0)
+    config = clip.SIZES[size]
+    if image_size:
+        config = train.dataclasses.replace(config, image_size=image_size)
+    model = clip.CLIP(config).to(device)
+    adapters.add_method(model, {"full": "none", "stage 2": "prompts"}.get(method, method))
+    train.choose_trained(model, "backbone" if method in ("full", "stage 2") else "method")
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    args = argparse.Namespace(loss=loss, device=device, precision="bf16" if train.fast_bf16(device) else "fp32")
+    height, width = image_size or (224, 224)
+    images, tokens = torch.randn(batch_size, 3, height, width, device=device), drawn_tokens(batch_size).to(device)
+    persons = torch.arange(batch_size, device=device) // 2
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, 1e-5)
+
+    def step():
+        features = train.encode(model, args, images, tokens)
+        optimizer.zero_grad(set_to_none=True)
+        train.compute_loss(args, features, model.logit_scale.exp(), persons=persons)[0].backward()
+        optimizer.step()
+    if not image_size and args.precision == "bf16":
+        train.freeze_in_bf16(model)
+        before = {}
+    time_taken = seconds(step, repeats=2)
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
+    return time_taken, sum(p.numel() for p in learned)
+
+
+def bench_methods(args):
+    print(f"\none training step of each method, contrastive loss, {args.model} with random weights, batch "
+          f"{args.batch_size}, {args.device}\n")
+    print("| method | trained | s/step | against full fine-tuning | peak memory |\n|:--|--:|--:|--:|--:|")
+    for method in ("full", *list(adapters.METHODS)[1:]):
+        (time_taken, trained), memory = in_process(method_job, method, args.model, args.batch_size, args.device)
+        full = time_taken if method == "full" else full
+        print(f"| {method} | {trained:,} | {time_taken:.3f} | {time_taken / full:.2f}x | {memory:.2f} GB |", flush=True)
+
+
+def bench_reid(args):
+    print("\nprompt decoupling, ViT-B/16 with random weights at 384 x 128, batch 16, SDM, " + args.device)
+    print("what a stage does not train is the same to the bit afterwards\n")
+    print("| | trained | s/step | peak memory |\n|:--|--:|--:|--:|")
+    for name, method in (("stage 1: prompts", "prompts"), ("stage 2: CLIP", "stage 2")):
+        (time_taken, trained), memory = in_process(method_job, method, "ViT-B/16", 16, args.device, (384, 128), "sdm")
+        print(f"| {name} | {trained:,} | {time_taken:.2f} | {memory:.1f} GB |", flush=True)
+
+
+# ------------------------------------------------------------------------------- captions, pictures, ranking
+
+def text_job(variant, size, captions, device):
+    """Seconds to encode captions, and their features: 77 tokens each in fp32, or as eval.py does it."""
+    torch.manual_seed(0)
+    model, tokens = clip.CLIP(clip.SIZES[size]).to(device).eval(), drawn_tokens(captions).to(device)
+    tokens[1::10] = tokens[::10]        # some captions stand twice, as in the real sets
+    if variant.startswith("plain"):
+        adapters.add_method(model, "mrs")       # the reference takes its blocks from a model with an adapter, at zero
+        tower = PlainTower(model.eval().text, "text").eval()
+
+        def encode():
+            with torch.no_grad():
+                return torch.cat([tower(part, 0) for part in tokens.split(64)])
+    else:
+        def encode():
+            with autocast(device, variant):
+                return eval.encode_texts(model, tokens)
+    return seconds(encode, repeats=1), encode().float().cpu().numpy()
+
+
+def bench_text(args):
+    captions = 320
+    print(f"\nencoding {captions} captions, {args.model} with random weights, {args.device}\n")
+    print("| | captions/s | against plain | largest difference |\n|:--|--:|--:|--:|")
+    for variant in ("plain fp32", "ours fp32", "ours bf16"):
+        (time_taken, features), _ = in_process(text_job, variant, args.model, captions, args.device)
+        plain = (time_taken, features) if variant.startswith("plain") else plain
+        print(f"| {variant} | {captions / time_taken:.0f} | {plain[0] / time_taken:.1f}x "
+              f"| {abs(features - plain[1]).max():.1e} |", flush=True)
+
+
+def bench_pictures(args):
+    """An epoch of pictures: decoded each time, or from the cache that the first epoch left."""
+    pictures = 400
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{n}.jpg" for n in range(pictures)]
+        for n, path in enumerate(paths):
+            data.draw_aerial(np.random.default_rng(n % 40), 256)[0].save(path, quality=90)
+
+        def decode():
+            return [clip.preprocess(Image.open(path), 224) for path in paths]
+
+        def cached():
+            images = data.load_images(paths, 224, folder)
+            batches = data.batches(images, torch.zeros(pictures, 1), range(pictures), np.random.permutation(pictures), 32)
+            return sum(len(batch) for batch, _, _ in batches)
+        first = seconds(lambda: data.load_images(paths, 224, f"{folder}/{random.random()}"), repeats=1)
+        plain, again = seconds(decode, repeats=1), seconds(cached)
+    print(f"\nan epoch of {pictures} JPEG pictures of 256 x 256, to batches of 224 x 224\n")
+    print("| | images/s | against decoding |\n|:--|--:|--:|")
+    for name, time_taken in (("decoded each epoch, one thread", plain), ("the first epoch: the cache is made", first),
+                             ("every other epoch: from the cache", again)):
+        print(f"| {name} | {pictures / time_taken:.0f} | {plain / time_taken:.1f}x |")
+
+
+def ranking_job(captions):
+    """Seconds for the recalls of features of `captions` captions, five to a picture."""
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(n, 512), dim=1) for n in (captions // 5, captions))
+    pairs = data.Pairs([""] * len(images), [""] * captions, torch.arange(captions) // 5)
+    start = time.perf_counter()
+    eval.split_metrics(eval.Product(images, texts), pairs)
+    return time.perf_counter() - start
+
+
+def bench_ranking(args):
+    print("\nthe recalls from features of width 512; a full matrix of the last row would take 8 GB\n")
+    print("| captions | pictures | s | s per 10^9 similarities | peak memory |\n|--:|--:|--:|--:|--:|")
+    for captions in (1000, 10_000, 100_000):
+        time_taken, memory = in_process(ranking_job, captions)
+        print(f"| {captions} | {captions // 5} | {time_taken:.2f} | {time_taken / (captions ** 2 / 5e9):.2f} "
+              f"| {memory:.2f} GB |", flush=True)
 
 
 # ------------------------------------------------------------------------------- loading weights
@@ -199,7 +353,8 @@ def bench_load(args):
                   f"| {(peak - before) / weights:.2f}x |", flush=True)
 
 
-SECTIONS = {"step": bench_step, "load": bench_load}
+SECTIONS = {"step": bench_step, "methods": bench_methods, "reid": bench_reid, "text": bench_text,
+            "pictures": bench_pictures, "ranking": bench_ranking, "load": bench_load}
 
 
 def main():
