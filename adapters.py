@@ -367,6 +367,7 @@ class ConvpassBlock(nn.Module):
 
 
 def add_convpass(model, bottleneck, shared, dropout):
+    """Two Convpass in every image block, all of them one module if shared."""
     found, width = blocks(model, "image")
     own = [Convpass(width, model.visual.grid, bottleneck, dropout) for _ in range(2 * len(found))]
     own = own[:1] * len(own) if shared else own     # two places a block
@@ -431,6 +432,7 @@ class CLIPAdapter(nn.Module):
 
 
 def add_clip_adapter(model, bottleneck):
+    """A CLIPAdapter as the head of each tower."""
     width = model.text.text_projection.shape[1]
     return [replace(model, f"{tower}.head", CLIPAdapter(width, bottleneck or width // 2))
             for tower in TOWERS.values()]
@@ -554,6 +556,7 @@ class SSFBlock(nn.Module):
 
 
 def add_ssf(model):
+    """SSF in every block, behind the patch embedding and behind the towers' last LayerNorms."""
     touched = wrap_blocks(SSFBlock, model)
     C, C_text = model.visual.conv1.out_channels, model.text.token_embedding.embedding_dim
     for path, *shape in (("visual.conv1", C, 1, 1), ("visual.ln_post", C), ("text.ln_final", C_text)):
