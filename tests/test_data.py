@@ -7,7 +7,6 @@ import random
 import struct
 import sys
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
@@ -33,6 +32,10 @@ def write_precomp(root, train=10, test=2, folder="ucm_images"):
     return root
 
 
+def read_all(root):
+    return {split: data.read_precomp(root, split) for split in ("train", "val", "test")}
+
+
 def command(monkeypatch, capsys, dataset, root):
     """Exit code, output and error output of `python data.py dataset --data-root root`."""
     monkeypatch.setattr(sys, "argv", ["data.py", dataset, "--data-root", str(root)])
@@ -55,7 +58,7 @@ def test_train_and_val_are_the_seed_2_split(tmp_path):
 
 def test_each_picture_keeps_its_five_captions(tmp_path):
     pairs = data.read_precomp(write_precomp(tmp_path), "train")
-    assert len(pairs.captions) == 40
+    assert pairs.image_of_caption == [n for n in range(8) for _ in range(5)] and len(set(pairs.captions)) == 40
     for caption, n in zip(pairs.captions, pairs.image_of_caption):
         assert caption.startswith(f"picture {Path(pairs.images[n]).stem} caption")
 
@@ -97,10 +100,10 @@ def test_a_missing_folder_and_a_missing_file_are_named(tmp_path):
 
 
 def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
-    before = data.read_precomp(write_precomp(tmp_path), "train")
+    before = read_all(write_precomp(tmp_path))
     for file in tmp_path.glob("*.txt"):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
-    assert data.read_precomp(tmp_path, "train") == before
+    assert read_all(tmp_path) == before
 
 
 ODD = ["a\u2028b", "a\x0bb", "a\x0cb", "a\x85b", "a\x1cb", "a\tb", "\U0001f6e9 \u98de\u673a", "boat " * 9999 + "boat", "caf\xe9", "x"]
@@ -444,10 +447,6 @@ def test_of_many_bad_pictures_twenty_are_named_and_the_others_counted(tmp_path):
     assert "20.png" not in str(error.value)
 
 
-def read_all(root, dataset="ucm"):
-    return {split: data.read(dataset, root, split) for split in ("train", "val", "test")}
-
-
 def test_skipped_pictures_go_with_their_captions_and_the_others_stay_together(tmp_path):
     pairs = read_all(write_precomp(tmp_path / "set"))
     bad = [pairs["train"].images[0], pairs["train"].images[5], pairs["test"].images[1]]
@@ -623,21 +622,37 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_two_processes_may_make_the_same_cache_at_once(tmp_path, monkeypatch):
     pairs = data.read_precomp(write_precomp(tmp_path / "set"), "train")
-    expected = np.array(data.load_images(pairs.images, 8, tmp_path / "cache"))
+    expected = np.array(data.load_images(pairs.images, 64, tmp_path / "cache"))
     file, = (tmp_path / "cache").iterdir()
     file.unlink()
-    slow = clip.preprocess
-    monkeypatch.setattr(clip, "preprocess", lambda *args: time.sleep(0.02) or slow(*args))
+    preprocess, context = clip.preprocess, multiprocessing.get_context("fork")
+    nearly, begun, finished = context.Event(), context.Event(), context.Event()
 
-    def make():
-        images = data.load_images(pairs.images, 8, tmp_path / "cache")
+    def first(image, size):             # waits with its last picture until the second process has begun
+        if image.filename == pairs.images[-1]:
+            nearly.set()
+            begun.wait(30)
+        return preprocess(image, size)
+
+    def second(image, size):            # waits with each until the first process has finished
+        begun.set()
+        finished.wait(30)
+        return preprocess(image, size)
+
+    def make(slow, start, end):
+        start.wait(30)
+        monkeypatch.setattr(clip, "preprocess", slow)
+        images = data.load_images(pairs.images, 64, tmp_path / "cache")
+        end.set()
         os._exit(0 if (images == expected).all() else 1)
-    processes = [multiprocessing.get_context("fork").Process(target=make) for _ in range(3)]
+    now = context.Event()
+    now.set()
+    processes = [context.Process(target=make, args=args) for args in ((first, now, finished), (second, nearly, now))]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert list((tmp_path / "cache").iterdir()) == [file]
 
 
