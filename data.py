@@ -224,7 +224,10 @@ class BadPictures(ValueError):
 
 
 def decode(path, size):
-    """The preprocessed pixels of a picture, uint8 (3, H, W), or in words what is wrong with it."""
+    """The preprocessed pixels of a picture, uint8 (3, H, W), or in words what is wrong with it.
+
+    Of a moving picture it is the first frame; grey of 16 bits is cut off at 255, as OpenAI's pipeline does.
+    """
     if not os.path.isfile(path):
         return f"{path} is missing"
     try:
@@ -237,14 +240,16 @@ def decode(path, size):
 @contextlib.contextmanager
 def made_whole(path):
     """A draft of a file or folder, which gets its name only when it is whole: a part is never taken for the whole."""
-    draft = Path(f"{path}.{os.getpid()}.partial")
+    path, draft = Path(path), Path(f"{path}.{os.getpid()}.partial")
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield draft
-        if draft.is_file() or not Path(path).exists():      # a folder may have been made by another process meanwhile
+        if draft.is_file() or not path.exists():        # a folder may have been made by another process meanwhile
             os.replace(draft, path)
     finally:
-        shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        draft.unlink(missing_ok=True)
 
 
 def load_images(paths, size, cache="runs/cache"):
@@ -271,7 +276,7 @@ def load_images(paths, size, cache="runs/cache"):
                 if bad:
                     raise BadPictures(bad)
         except OSError as error:
-            raise OSError(f"cannot write {file}: {error.strerror or error}; --cache names another folder for it") from None
+            raise OSError(f"cannot write {file}: {error.strerror or error}; try another --cache") from None
     return np.memmap(file, np.uint8, "r", shape=shape)
 
 
@@ -611,7 +616,8 @@ def draw_aerial(rng, size=80):
 
 
 DYES = "red orange yellow green blue purple pink white black grey brown"
-# what is seen of a person, in the order of painting from the front: verb, colours, and shapes by kind as above
+# what is seen of a person, in the order of painting from the front: its verb in captions (none: not told), its
+# colours, and the shape of each kind of it, as above
 WORN = {
     "bag": ("carrying", DYES, {"backpack": "body -3 -7 3 -1.5", "handbag": "black 2.8 -0.4 3.2 1, body 1.8 1 4.2 3",
                                "suitcase": "black 2.8 -0.4 3.2 3, body 1.8 3 4.2 9"}),
@@ -661,14 +667,11 @@ def draw_person(rng, person, size=(96, 48)):
 def write_world(root, draw, images, test, seed, size=80):
     """Draw `images` scenes, the last `test` of them for testing, in the authors' precomp layout.
 
-    A name stands once in train_filename.txt, with five lines in train_caps.txt, but five times in
-    test_filename.txt. Picture i depends on (seed, i) alone. A folder that exists is left as it is.
-    Give each world its own seed: from one seed, scenes repeat from world to world.
+    A name stands once in train_filename.txt, but once for each of its five captions in test_filename.txt. Picture i
+    depends on (seed, i) alone. Give each world its own seed: from one seed, scenes repeat from world to world.
     """
-    if Path(root).exists():
-        return
     with made_whole(root) as draft:
-        (draft / "images").mkdir(parents=True)
+        (draft / "images").mkdir(parents=True, exist_ok=True)
         names, captions = {"train": [], "test": []}, {"train": [], "test": []}
         for i in range(images):
             image, five = draw(np.random.default_rng((seed, i)), size)
@@ -682,14 +685,9 @@ def write_world(root, draw, images, test, seed, size=80):
 
 
 def write_people(root, people, views, seed, size=(96, 48)):
-    """Draw views of people, 70 % of them for train, 10 % val, 20 % test, in RSTPReid's layout.
-
-    Person i depends on (seed, i) alone. A folder that exists is left as it is.
-    """
-    if Path(root).exists():
-        return
+    """Draw views of people, 70 % of them for train, 10 % val, 20 % test, in RSTPReid's layout."""
     with made_whole(root) as draft:
-        (draft / "imgs").mkdir(parents=True)
+        (draft / "imgs").mkdir(parents=True, exist_ok=True)
         entries = []
         for i in range(people):
             rng = np.random.default_rng((seed, i))
@@ -703,8 +701,8 @@ def write_people(root, people, views, seed, size=(96, 48)):
 
 # ---------------------------------------------------------------------------------------------- data sets by name
 
-DATASETS = ("toy-aerial", "toy-ground", "toy-people", "ucm", "rsicd", "rsitmd", "precomp", "karpathy", *REID_SETS,
-            "folder")
+DATASETS = ("toy-aerial", "toy-ground", "toy-people", "ucm", "rsicd", "rsitmd", "precomp", "karpathy", "folder",
+            *REID_SETS)
 WORLDS = {  # how each is drawn on first use
     "toy-ground": lambda root: write_world(root, draw_ground, images=6000, test=400, seed=0),
     "toy-aerial": lambda root: write_world(root, draw_aerial, images=2000, test=400, seed=1),
@@ -715,7 +713,8 @@ def read(dataset, root, split):
     """One split of a data set by name -> Pairs. root is its folder; the toy worlds are drawn there on first use."""
     if dataset in WORLDS:
         root = root or f"runs/{dataset}-world"
-        WORLDS[dataset](root)
+        if not Path(root).exists():
+            WORLDS[dataset](root)
     if not root:
         raise ValueError(f"--dataset {dataset} needs --data-root, the folder it lies in")
     if dataset in REID_SETS:
