@@ -12,7 +12,6 @@ A run is a folder: best.pt (best on validation), last.pt (to resume), log.csv, m
 Every random number of a step is drawn from (seed, step), so that a resumed run ends as the unbroken one.
 """
 import argparse
-import contextlib
 import csv
 import dataclasses
 import datetime
@@ -206,16 +205,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextlib.contextmanager
-def first_alone():
-    """Process 0 does it first, the others after it: what is made once on disk is then there."""
-    if world() > 1 and rank() > 0:
-        dist.barrier()
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
-
-
 def gather(x):
     """Rows of this process (B, ...) -> rows of all (world B, ...), with gradients.
 
@@ -395,9 +384,6 @@ def new_folder(args):
     """The run's folder: --out, which must be new or be resumed; or the first free runs/<data set>-<method>, -2, ..."""
     if args.out:
         out = Path(args.out)
-        for path in (out, *out.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"--out {out}: {path} is a file and no folder")
         if not args.resume and out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
         return out
@@ -417,15 +403,12 @@ def take_folder(args):
         raise ValueError(f"another run has just taken {args.out}: give another --out") from None
 
 
-def stop_on_ctrl_c():
-    """A list that is empty until Ctrl-C, so that the step under way ends first; a second Ctrl-C ends at once."""
-    stop = []
-
+def stop_on_ctrl_c(run):
+    """Let Ctrl-C end the run after the step under way, and a second one at once."""
     def handler(number, frame):
-        stop.append(True)
+        run.stop = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGINT, handler)
-    return stop
 
 
 def memory():
@@ -460,24 +443,27 @@ def read_splits(args):
 
 def prepare(args):
     """Data, model and optimiser of a run, in a namespace; all mistakes show here, before anything is written."""
-    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, classifier=None)
+    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, stop=False,
+                             classifier=None)
     if args.precision == "auto":
         args.precision = "bf16" if fast_bf16(args.device) else "fp32"
     reseed(args.seed, 0)
-    with first_alone():
-        pairs, run.notes = read_splits(args)
-        if args.init:
-            model, run.tokenizer, _ = eval.load_run(args.init, args.device)
-        else:
-            model, run.tokenizer = build(args, pairs["train"].captions)
-        args.image_size, args.activation = model.config.image_size, model.config.activation
-        height, width = (patches * model.config.patch_size for patches in model.config.grid)
-        if args.image_size not in (height, (height, width)):
-            raise ValueError(f"--image-size {args.image_size}: the sides are to be multiples of this CLIP's patches, "
-                             f"{model.config.patch_size} pixels")
-        run.fingerprint = eval.fingerprint(model)
-        run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
-        run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
+    if rank() > 0:
+        dist.barrier()          # process 0 goes first: what is made once on disk is then there
+    pairs, run.notes = read_splits(args)
+    if args.init:
+        model, run.tokenizer, _ = eval.load_run(args.init, args.device)
+    else:
+        model, run.tokenizer = build(args, pairs["train"].captions)
+    args.image_size, args.activation = model.config.image_size, model.config.activation
+    size, patch, grid = args.image_size, model.config.patch_size, model.config.grid
+    if size not in (patch * grid[0], (patch * grid[0], patch * grid[1])):
+        raise ValueError(f"--image-size {size}: the sides are to be multiples of this CLIP's patches, {patch} pixels")
+    run.fingerprint = eval.fingerprint(model)
+    run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
+    run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
+    if rank() == 0 and world() > 1:
+        dist.barrier()
     part, run.notes = run.pairs["train"], run.notes + notes
     run.tokens = run.tokenizer(part.captions, model.config.context_length)
     numbers = {text: n for n, text in enumerate(dict.fromkeys(part.captions))}
@@ -517,16 +503,16 @@ def keep(run):
                   best=run.best))
 
 
-def restore(run, path):
+def restore(run, saved):
     """Put the state that `keep` wrote back."""
-    saved = eval.load_checkpoint(path)
+    out = run.args.out
     for name, value in saved["settings"].items():
         if name not in ("out", "resume", "device", "data_root") and vars(run.args).get(name) != value:
-            raise ValueError(f"the run in {path.parent} has --{name.replace('_', '-')} {value}, not "
+            raise ValueError(f"the run in {out} has --{name.replace('_', '-')} {value}, not "
                              f"{vars(run.args).get(name)}: resume it with its own settings")
     shapes = [{name: p.shape for name, p in learned.items()} for learned in (saved.get("learned", {}), run.learned)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{path} does not fit this run: it is no last.pt, or the data has changed since")
+        raise ValueError(f"{out}/last.pt does not fit this run: it is none, or the data has changed since")
     with torch.no_grad():
         for name, value in saved["learned"].items():
             run.learned[name].copy_(value)
@@ -567,8 +553,7 @@ def train_step(run, pixels, tokens, rows):
     average_gradients(run.learned.values())
     norm = nn.utils.clip_grad_norm_(run.learned.values(), math.inf)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        part = run.pairs["train"]
-        files = dict.fromkeys(part.images[n] for n in run.image_of[rows])
+        files = dict.fromkeys(run.pairs["train"].images[n] for n in run.image_of[rows])
         raise ValueError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {run.step}, on pictures "
                          f"{data.some(files, 4)}; {args.out}/last.pt is of the last good state. Two things to try: "
                          f"a third of --lr {args.lr:g}, --precision fp32")
@@ -583,7 +568,7 @@ def train_step(run, pixels, tokens, rows):
 
 def stopped(run):
     """Whether Ctrl-C was pressed, in any process."""
-    return gather(torch.tensor([bool(run.stop)], device=run.args.device)).any().item()
+    return gather(torch.tensor([run.stop], device=run.args.device)).any().item()
 
 
 def train_epoch(run):
@@ -614,18 +599,18 @@ def validate(run, speed, waited, left):
     args, epoch = run.args, run.step // run.steps
     row = dict(epoch=epoch, step=run.step, **{name: value / run.steps for name, value in run.sums.items()},
                lr=run.optimizer.param_groups[0]["lr"])
-    chosen, score = "", ""
+    chosen, score = True, ""        # without val the last epoch is taken
     if "val" in run.pairs:
         metrics = eval.evaluate(run.model, run.tokenizer, run.pairs["val"], run.images["val"], args.precision)
         row |= {f"val_{name}": value for name, value in metrics.items()}
         name, value = eval.headline(metrics)
-        chosen = "*" if value > run.best else " "
-        run.best, score = max(run.best, value), f"  val {name} {value:5.2f}{chosen}"
+        chosen = value > run.best
+        run.best, score = max(run.best, value), f"  val {name} {value:5.2f}{'*' if chosen else ' '}"
     run.history.append(row)
-    if chosen != " " and rank() == 0:
-        save_best(run, epoch)
     run.sums = {}
     if rank() == 0:
+        if chosen:
+            save_best(run, epoch)
         lines = [",".join(row), *(",".join(map(str, old.values())) for old in run.history)]
         save(Path(args.out) / "log.csv", "\n".join(lines) + "\n")
     keep(run)
@@ -678,10 +663,13 @@ def train(args):
         make_toy_clip(args)
         args.model = TOY_CLIP
     args.out = str(new_folder(args))
-    run = prepare(args)
     last = Path(args.out) / "last.pt"
-    if args.resume and last.exists():
-        restore(run, last)
+    saved = eval.load_checkpoint(last) if args.resume and last.exists() else None
+    if saved and args.precision == "auto":
+        args.precision = saved["settings"]["precision"]     # not measured again: it could come out otherwise
+    run = prepare(args)
+    if saved:
+        restore(run, saved)
     if rank() == 0:
         take_folder(args)
     part = run.pairs["train"]
@@ -694,7 +682,8 @@ def train(args):
     say(run, f"run     {args.out}: {args.loss} loss, {args.epochs} epochs of {run.steps} steps, "
              f"batch {args.batch_size}, lr {args.lr:g}, seed {args.seed}")
 
-    run.stop, first, clock = stop_on_ctrl_c(), run.step, time.time()
+    stop_on_ctrl_c(run)
+    first, clock = run.step, time.time()
     run.kept = clock
     while run.step < args.epochs * run.steps:
         speed, waited = train_epoch(run)
@@ -741,11 +730,9 @@ def main():
             tour()
         else:
             train(parse())
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: error: {str(error).splitlines()[0]} Try --chunk, or a smaller --batch-size", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        advice = "; try --chunk or a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"train.py: error: {error}{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped; what was saved is whole'}", file=sys.stderr)

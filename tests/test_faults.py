@@ -483,7 +483,7 @@ def cut(path):
     (lambda run: cut(run / "last.pt"), [], "last.pt"),
     (lambda run: os.truncate(run / "last.pt", 0), [], "last.pt"),
     (lambda run: cut(run / "best.pt"), [], "best.pt"),
-    (lambda run: shutil.copy(run / "best.pt", run / "last.pt"), [], "last.pt does not fit this run: it is no last.pt"),
+    (lambda run: shutil.copy(run / "best.pt", run / "last.pt"), [], "last.pt does not fit this run: it is none"),
     (lambda run: shutil.copy(run.parent / "clip.pt", run / "last.pt"), [], "last.pt")])
 def test_a_wrong_checkpoint_to_resume_is_one_line(world, unbroken, tmp_path, monkeypatch, capsys, fault, changed,
                                                         words):
