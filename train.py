@@ -12,7 +12,6 @@ A run is a folder: best.pt (best on validation), last.pt (to resume), log.csv, m
 Every random number of a step is drawn from (seed, step), so that a resumed run ends as the unbroken one.
 """
 import argparse
-import csv
 import dataclasses
 import datetime
 import json
@@ -141,20 +140,18 @@ SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shar
 INHERITED = ("model", "method", "image_size", "activation", *SIZES)                     # what --init brings with it
 
 
-def parse(argv=None):
+def parse(argv):
     """Settings from the command line; the defaults are the recipe's, or for the model those of the run in --init."""
     parser = make_parser()
-    argv = sys.argv[1:] if argv is None else argv
     # what the defaults that --help shows depend on is read first
     first = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
-    parser.set_defaults(**recipe(first))
     start = {}
     if first.init:
         saved = eval.load_checkpoint(first.init)
         start = {name: saved["settings"][name] for name in INHERITED}
         if "state_dict" in saved:           # its CLIP is no longer the one it started from
             start["model"] = first.init
-    parser.set_defaults(**start)
+    parser.set_defaults(**{**recipe(first), **start})
     args = parser.parse_args(argv)
     if isinstance(args.image_size, list):
         if len(args.image_size) > 2 or min(args.image_size) < 1:
@@ -191,7 +188,7 @@ def start_processes(args):
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(hours=2))
 
 
@@ -245,8 +242,7 @@ def build(args, captions=None):
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
         config = dataclasses.replace(clip.SIZES[args.model], vocab_size=tokenizer.vocab_size)
-        if args.image_size:
-            config = dataclasses.replace(config, image_size=args.image_size)
+        config.image_size = args.image_size or config.image_size
         return clip.CLIP(config).to(args.device), tokenizer
     model = clip.load_clip(args.model, args.image_size, args.device, args.activation)
     return model, clip.Tokenizer(args.model)
@@ -444,7 +440,7 @@ def read_splits(args):
 def prepare(args):
     """Data, model and optimiser of a run, in a namespace; all mistakes show here, before anything is written."""
     run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, stop=False,
-                             classifier=None)
+                             classifier=None, kept=time.time())
     if args.precision == "auto":
         args.precision = "bf16" if fast_bf16(args.device) else "fp32"
     reseed(args.seed, 0)
@@ -484,7 +480,8 @@ def prepare(args):
         nn.init.normal_(run.classifier.weight, std=0.001)
         nn.init.zeros_(run.classifier.bias)
         run.learned |= {f"classifier.{name}": p for name, p in run.classifier.named_parameters()}
-    run.optimizer = make_optimizer(run.learned, {*model.method_parameters, "classifier.weight", "classifier.bias"}, args)
+    new = {*adapters.trainable_state(model), "classifier.weight", "classifier.bias"}
+    run.optimizer = make_optimizer(run.learned, new, args)
     rows = len(data.epoch_order(part, args.epoch_over, args.seed, 0))
     if min(rows, args.batch_size) < world():
         raise ValueError(f"{rows} pairs in batches of {args.batch_size} are less than one a batch for each of "
@@ -505,17 +502,15 @@ def keep(run):
 
 def restore(run, saved):
     """Put the state that `keep` wrote back."""
-    out = run.args.out
     for name, value in saved["settings"].items():
         if name not in ("out", "resume", "device", "data_root") and vars(run.args).get(name) != value:
-            raise ValueError(f"the run in {out} has --{name.replace('_', '-')} {value}, not "
+            raise ValueError(f"the run in {run.args.out} has --{name.replace('_', '-')} {value}, not "
                              f"{vars(run.args).get(name)}: resume it with its own settings")
     shapes = [{name: p.shape for name, p in learned.items()} for learned in (saved.get("learned", {}), run.learned)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{out}/last.pt does not fit this run: it is none, or the data has changed since")
-    with torch.no_grad():
-        for name, value in saved["learned"].items():
-            run.learned[name].copy_(value)
+        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none, or the data has changed since")
+    for name, value in saved["learned"].items():
+        run.learned[name].data.copy_(value)
     run.optimizer.load_state_dict(saved["optimizer"])
     run.step, run.history, run.sums, run.best = (saved[name] for name in ("step", "history", "sums", "best"))
 
@@ -632,8 +627,6 @@ def save_best(run, epoch):
 def test(run):
     """The test set, touched once, with best.pt -> rows of the result table: chance, CLIP as it started, the run."""
     args, out = run.args, Path(run.args.out)
-    if world() > 1:
-        dist.barrier()          # best.pt is there
     split = "test" if "test" in run.pairs else "val"
     pairs, images = run.pairs[split], run.images[split]
     rows = [("chance", None, None, eval.chance(pairs))]
@@ -672,9 +665,8 @@ def train(args):
         restore(run, saved)
     if rank() == 0:
         take_folder(args)
-    part = run.pairs["train"]
     say(run, f"data    {args.dataset}: " + ", ".join(f"{len(p.images)} {split}" for split, p in run.pairs.items())
-        + f" pictures; {len(part.captions)} train captions" + "".join(f"\n        {note}" for note in run.notes))
+        + f" pictures; {len(run.tokens)} train captions" + "".join(f"\n        {note}" for note in run.notes))
     say(run, f"model   {args.init or args.model}: {run.total:,} parameters, {args.image_size} px, {args.precision} on "
              f"{args.device}" + f", {world()} processes" * (world() > 1))
     say(run, f"method  {args.method}: {len(run.touched)} places; {args.train} learns: "
@@ -684,7 +676,6 @@ def train(args):
 
     stop_on_ctrl_c(run)
     first, clock = run.step, time.time()
-    run.kept = clock
     while run.step < args.epochs * run.steps:
         speed, waited = train_epoch(run)
         if run.step % run.steps:
@@ -726,10 +717,7 @@ def tour():
 def main():
     """The tour without flags, else one run; mistakes end in one line and exit code 2."""
     try:
-        if len(sys.argv) == 1:
-            tour()
-        else:
-            train(parse())
+        tour() if len(sys.argv) == 1 else train(parse(sys.argv[1:]))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         advice = "; try --chunk or a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"train.py: error: {error}{advice}", file=sys.stderr)

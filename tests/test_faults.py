@@ -11,6 +11,7 @@
 | loss or gradient NaN or infinite | stops before the step; names step, pictures, checkpoint | `test_a_loss_...` |
 | batches of one, too large, all captions equal | trains on, the loss stays finite | `test_odd_batches_...` |
 | fewer pairs in a batch than processes | one line, exit code 2 | `test_more_processes_...` |
+| the memory of the GPU is used up | one line with what to try, exit code 2 | `test_a_full_gpu_...` |
 | a checkpoint cut off, foreign, of another run | one line that names it, exit code 2 | `test_a_wrong_...` |
 | a wrong flag | one line with what is allowed, exit code 2, nothing written | `test_wrong_flags_...` |
 | no network, no home, no data | `--help` works | `test_help_...` |
@@ -446,6 +447,19 @@ def test_the_temperature_stays_clamped(world, tmp_path):
     assert state(tmp_path / "run/last.pt")["learned"]["logit_scale"].item() == pytest.approx(math.log(100))
 
 
+def out_of_memory():
+    """Fault: what torch raises when the memory of a GPU is used up, which no test can do on purpose everywhere."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_full_gpu_is_one_line(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "encode", train.encode)      # is put back afterwards
+    before(1, train, "encode", out_of_memory)
+    code, line = command(monkeypatch, capsys, *world[1], "--out", tmp_path / "run")
+    assert code == 2 and line.endswith("CUDA out of memory. Tried to allocate 2.00 GiB.; try --chunk or a smaller "
+                                       "--batch-size")
+
+
 def one_of_two(number, port):
     """Fault: not alone, but as torchrun starts a process of two."""
     os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
@@ -469,6 +483,22 @@ def test_more_processes_than_pairs_is_one_line(world, tmp_path):
 
 
 # ---------------------------------------------------------------- checkpoints
+
+def test_a_resumed_run_keeps_its_precision_however_fast_the_machine_is_then(world, tmp_path, monkeypatch):
+    flags = [*world[1], "--precision", "auto", "--epochs", "1", "--out", tmp_path / "run"]
+    monkeypatch.setattr(train, "fast_bf16", lambda device: True)
+    rows = run(*flags)
+    monkeypatch.setattr(train, "fast_bf16", lambda device: False)
+    assert run(*flags, "--resume") == rows and state(tmp_path / "run/last.pt")["settings"]["precision"] == "bf16"
+
+
+def test_a_fine_tuned_clip_without_method_can_be_started_from(world, tmp_path):
+    folder, flags = world
+    flags = [*flags[:4], *flags[6:], "--train", "backbone"]
+    rows = run(*flags, "--model", folder / "clip.pt", "--method", "none", "--out", tmp_path / "one")
+    again = run(*flags, "--init", tmp_path / "one", "--lr", "0", "--out", tmp_path / "two")
+    assert again[-1][3] == rows[-1][3]
+
 
 def cut(path):
     os.truncate(path, path.stat().st_size // 2)
