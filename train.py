@@ -12,8 +12,6 @@ A run is a folder: best.pt (best on validation), last.pt (to resume), log.csv, m
 Every random number of a step is drawn from (seed, step), so that a resumed run ends as the unbroken one.
 """
 import argparse
-import contextlib
-import csv
 import dataclasses
 import datetime
 import json
@@ -62,7 +60,9 @@ TOY_PEOPLE_TUNED = dict(epochs=8, lr=5e-4, warmup=1.0)
 
 def make_parser():
     """Every flag, in groups; the defaults are replaced by those of the recipe, see `parse`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python train.py [--flag value] ...; --help explains every flag")
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
 
     def group(title, **flags):
         add = parser.add_argument_group(title).add_argument
@@ -118,7 +118,7 @@ def make_parser():
           resume=dict(action="store_true", help="go on with the run in --out"),
           seed=dict(type=int, default=0, help="of everything random"),
           precision=dict(default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"),
-          device=dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1"))
+          device=dict(default="cuda" if "cuda" in devices else "cpu", choices=devices, help="what torch sees here"))
     return parser
 
 
@@ -140,52 +140,45 @@ SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shar
 INHERITED = ("model", "method", "image_size", "activation", *SIZES)                     # what --init brings with it
 
 
-def parse(argv=None):
+def parse(argv):
     """Settings from the command line; the defaults are the recipe's, or for the model those of the run in --init."""
     parser = make_parser()
-    argv = sys.argv[1:] if argv is None else argv
     # what the defaults that --help shows depend on is read first
     first = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
-    parser.set_defaults(**recipe(first))
+    start = {}
     if first.init:
         saved = eval.load_checkpoint(first.init)
         start = {name: saved["settings"][name] for name in INHERITED}
         if "state_dict" in saved:           # its CLIP is no longer the one it started from
             start["model"] = first.init
-        parser.set_defaults(**start)
+    parser.set_defaults(**{**recipe(first), **start})
     args = parser.parse_args(argv)
     if isinstance(args.image_size, list):
+        if len(args.image_size) > 2 or min(args.image_size) < 1:
+            raise ValueError(f"--image-size {args.image_size}: one number of pixels is needed or two, height and width")
         args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
-    if first.init:
-        for name in INHERITED:
-            if getattr(args, name) != start[name]:
-                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in --init has {start[name]}")
-    for wrong, message in mistakes(args):
-        if wrong:
-            parser.error(message)
+    for name, value in start.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in --init has {value}")
+    check(args)
     args.sizes = {name: getattr(args, name) for name in SIZES}
     return args
 
 
-def mistakes(args):
-    """What no run can be made of, as pairs: whether it is so, and the line that says what to do."""
-    yield args.method == "none" and args.train == "method", \
-        "--method none leaves nothing to train: add --train backbone, or test plain CLIP with eval.py"
-    yield args.model in FROM_SCRATCH and args.train != "all", \
-        f"--model {args.model} has no weights yet: it needs --train all, with --method none"
-    yield args.resume and not args.out, "--resume needs --out, the folder of the run to go on with"
-    yield args.image_size is not None and isinstance(args.image_size, tuple) and len(args.image_size) != 2, \
-        f"--image-size takes one number or two, height and width, not {len(args.image_size or ())}"
-    for name in ("epochs", "batch_size", "chunk"):
+def check(args):
+    """Refuse the settings that no run can be made of, with a line that says what to do."""
+    limits = dict(epochs=(1, 10 ** 6), batch_size=(1, 10 ** 6), chunk=(1, 10 ** 6), lr=(0, 1), warmup=(0, args.epochs),
+                  weight_decay=(0, 10), margin=(0, 2), dropout=(0, 1), seed=(0, 2 ** 31 - 1))
+    for name, (low, high) in limits.items():
         value = getattr(args, name)
-        yield value is not None and value < 1, f"--{name.replace('_', '-')} {value}: at least 1 is needed"
-    for name, low, high in (("lr", 0, 1), ("margin", 0, 2), ("dropout", 0, 1), ("weight_decay", 0, 10)):
-        value = getattr(args, name)
-        yield value is not None and not low <= value <= high, f"--{name.replace('_', '-')} {value}: {low} to {high}"
-    yield args.warmup > args.epochs or args.warmup < 0, \
-        f"--warmup {args.warmup:g}: 0 to the {args.epochs} of --epochs"
-    yield args.device.startswith("cuda") and not torch.cuda.is_available(), \
-        f"--device {args.device}: torch sees no such device here; --device cpu works everywhere"
+        if value is not None and not low <= value <= high:      # true of NaN too
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {low} to {high}")
+    if args.method == "none" and args.train == "method":
+        raise ValueError("--method none leaves nothing to train: add --train backbone, or test plain CLIP with eval.py")
+    if args.model in FROM_SCRATCH and args.train != "all":
+        raise ValueError(f"--model {args.model} has no weights yet: it needs --train all, with --method none")
+    if args.resume and not args.out:
+        raise ValueError("--resume needs --out, the folder of the run to go on with")
 
 
 # ---------------------------------------------------------------------------------------------- 2. processes
@@ -195,10 +188,8 @@ def start_processes(args):
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(hours=2))
-    if args.batch_size < world():
-        raise ValueError(f"--batch-size {args.batch_size} is less than one pair for each of {world()} processes")
 
 
 def rank():
@@ -209,16 +200,6 @@ def rank():
 def world():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def first_alone():
-    """Process 0 does it first, the others after it: what is made once on disk is then there."""
-    if world() > 1 and rank() > 0:
-        dist.barrier()
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
 
 
 def gather(x):
@@ -261,8 +242,7 @@ def build(args, captions=None):
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
         config = dataclasses.replace(clip.SIZES[args.model], vocab_size=tokenizer.vocab_size)
-        if args.image_size:
-            config = dataclasses.replace(config, image_size=args.image_size)
+        config.image_size = args.image_size or config.image_size
         return clip.CLIP(config).to(args.device), tokenizer
     model = clip.load_clip(args.model, args.image_size, args.device, args.activation)
     return model, clip.Tokenizer(args.model)
@@ -400,8 +380,6 @@ def new_folder(args):
     """The run's folder: --out, which must be new or be resumed; or the first free runs/<data set>-<method>, -2, ..."""
     if args.out:
         out = Path(args.out)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file; it is to be the folder of the run")
         if not args.resume and out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
         return out
@@ -412,15 +390,21 @@ def new_folder(args):
     return out
 
 
-def stop_on_ctrl_c():
-    """A list that is empty until Ctrl-C, so that the step under way ends first; a second Ctrl-C ends at once."""
-    stop = []
+def take_folder(args):
+    """Make the run's folder and its log.txt; of two runs that start at the same time, one finds it there."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    try:
+        (Path(args.out) / "log.txt").touch(exist_ok=args.resume)
+    except FileExistsError:
+        raise ValueError(f"another run has just taken {args.out}: give another --out") from None
 
+
+def stop_on_ctrl_c(run):
+    """Let Ctrl-C end the run after the step under way, and a second one at once."""
     def handler(number, frame):
-        stop.append(True)
+        run.stop = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGINT, handler)
-    return stop
 
 
 def memory():
@@ -455,20 +439,27 @@ def read_splits(args):
 
 def prepare(args):
     """Data, model and optimiser of a run, in a namespace; all mistakes show here, before anything is written."""
-    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, classifier=None)
+    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, stop=False,
+                             classifier=None, kept=time.time())
     if args.precision == "auto":
         args.precision = "bf16" if fast_bf16(args.device) else "fp32"
     reseed(args.seed, 0)
-    with first_alone():
-        pairs, run.notes = read_splits(args)
-        if args.init:
-            model, run.tokenizer, _ = eval.load_run(args.init, args.device)
-        else:
-            model, run.tokenizer = build(args, pairs["train"].captions)
-        args.image_size, args.activation = model.config.image_size, model.config.activation
-        run.fingerprint = eval.fingerprint(model)
-        run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
-        run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
+    if rank() > 0:
+        dist.barrier()          # process 0 goes first: what is made once on disk is then there
+    pairs, run.notes = read_splits(args)
+    if args.init:
+        model, run.tokenizer, _ = eval.load_run(args.init, args.device)
+    else:
+        model, run.tokenizer = build(args, pairs["train"].captions)
+    args.image_size, args.activation = model.config.image_size, model.config.activation
+    size, patch, grid = args.image_size, model.config.patch_size, model.config.grid
+    if size not in (patch * grid[0], (patch * grid[0], patch * grid[1])):
+        raise ValueError(f"--image-size {size}: the sides are to be multiples of this CLIP's patches, {patch} pixels")
+    run.fingerprint = eval.fingerprint(model)
+    run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
+    run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
+    if rank() == 0 and world() > 1:
+        dist.barrier()
     part, run.notes = run.pairs["train"], run.notes + notes
     run.tokens = run.tokenizer(part.captions, model.config.context_length)
     numbers = {text: n for n, text in enumerate(dict.fromkeys(part.captions))}
@@ -489,8 +480,12 @@ def prepare(args):
         nn.init.normal_(run.classifier.weight, std=0.001)
         nn.init.zeros_(run.classifier.bias)
         run.learned |= {f"classifier.{name}": p for name, p in run.classifier.named_parameters()}
-    run.optimizer = make_optimizer(run.learned, {*model.method_parameters, "classifier.weight", "classifier.bias"}, args)
+    new = {*adapters.trainable_state(model), "classifier.weight", "classifier.bias"}
+    run.optimizer = make_optimizer(run.learned, new, args)
     rows = len(data.epoch_order(part, args.epoch_over, args.seed, 0))
+    if min(rows, args.batch_size) < world():
+        raise ValueError(f"{rows} pairs in batches of {args.batch_size} are less than one a batch for each of "
+                         f"{world()} processes: start fewer, or raise --batch-size")
     run.steps = rows // args.batch_size + (rows % args.batch_size >= world())       # of an epoch
     return run
 
@@ -505,16 +500,17 @@ def keep(run):
                   best=run.best))
 
 
-def restore(run, path):
+def restore(run, saved):
     """Put the state that `keep` wrote back."""
-    saved = eval.load_checkpoint(path)
     for name, value in saved["settings"].items():
         if name not in ("out", "resume", "device", "data_root") and vars(run.args).get(name) != value:
-            raise ValueError(f"the run in {path.parent} has --{name.replace('_', '-')} {value}, not "
+            raise ValueError(f"the run in {run.args.out} has --{name.replace('_', '-')} {value}, not "
                              f"{vars(run.args).get(name)}: resume it with its own settings")
-    with torch.no_grad():
-        for name, value in saved["learned"].items():
-            run.learned[name].copy_(value)
+    shapes = [{name: p.shape for name, p in learned.items()} for learned in (saved.get("learned", {}), run.learned)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none, or the data has changed since")
+    for name, value in saved["learned"].items():
+        run.learned[name].data.copy_(value)
     run.optimizer.load_state_dict(saved["optimizer"])
     run.step, run.history, run.sums, run.best = (saved[name] for name in ("step", "history", "sums", "best"))
 
@@ -523,8 +519,8 @@ def say(run, text):
     """Print a line, and keep it in log.txt."""
     if rank() == 0:
         print(text, flush=True)
-        with open(Path(run.args.out) / "log.txt", "a") as file:
-            file.write(text + "\n")
+        log = Path(run.args.out) / "log.txt"
+        save(log, log.read_text() + text + "\n")
 
 
 def train_step(run, pixels, tokens, rows):
@@ -552,10 +548,9 @@ def train_step(run, pixels, tokens, rows):
     average_gradients(run.learned.values())
     norm = nn.utils.clip_grad_norm_(run.learned.values(), math.inf)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        part = run.pairs["train"]
-        files = list(dict.fromkeys(part.images[n] for n in run.image_of[rows]))
+        files = dict.fromkeys(run.pairs["train"].images[n] for n in run.image_of[rows])
         raise ValueError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {run.step}, on pictures "
-                         f"{', '.join(files[:4])} ...; {args.out} keeps the last good state. Two things to try: "
+                         f"{data.some(files, 4)}; {args.out}/last.pt is of the last good state. Two things to try: "
                          f"a third of --lr {args.lr:g}, --precision fp32")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -566,8 +561,13 @@ def train_step(run, pixels, tokens, rows):
     run.step += 1
 
 
-def train_epoch(run, stop):
-    """The rest of the epoch that run.step is in; returns images/s and the share of time spent waiting for data."""
+def stopped(run):
+    """Whether Ctrl-C was pressed, in any process."""
+    return gather(torch.tensor([run.stop], device=run.args.device)).any().item()
+
+
+def train_epoch(run):
+    """The rest of the epoch that run.step is in, or until Ctrl-C -> images/s, share of time spent waiting for data."""
     args = run.args
     epoch, done = divmod(run.step, run.steps)
     order = data.epoch_order(run.pairs["train"], args.epoch_over, args.seed, epoch)
@@ -579,10 +579,8 @@ def train_epoch(run, stop):
         waited += time.time() - fetched
         train_step(run, *batch)
         bar.update()
-        if gather(torch.tensor([bool(stop)], device=args.device)).any() and run.step % run.steps:
-            keep(run)
-            raise KeyboardInterrupt(f"stopped at step {run.step}; go on with the same command and --resume "
-                                    f"--out {args.out}")
+        if stopped(run):
+            break
         if time.time() - run.kept > SAVE_EVERY:
             keep(run)
         fetched = time.time()
@@ -596,18 +594,18 @@ def validate(run, speed, waited, left):
     args, epoch = run.args, run.step // run.steps
     row = dict(epoch=epoch, step=run.step, **{name: value / run.steps for name, value in run.sums.items()},
                lr=run.optimizer.param_groups[0]["lr"])
-    chosen, score = "", ""
+    chosen, score = True, ""        # without val the last epoch is taken
     if "val" in run.pairs:
         metrics = eval.evaluate(run.model, run.tokenizer, run.pairs["val"], run.images["val"], args.precision)
         row |= {f"val_{name}": value for name, value in metrics.items()}
         name, value = eval.headline(metrics)
-        chosen = "*" if value > run.best else " "
-        run.best, score = max(run.best, value), f"  val {name} {value:5.2f}{chosen}"
+        chosen = value > run.best
+        run.best, score = max(run.best, value), f"  val {name} {value:5.2f}{'*' if chosen else ' '}"
     run.history.append(row)
-    if chosen != " " and rank() == 0:
-        save_best(run, epoch)
     run.sums = {}
     if rank() == 0:
+        if chosen:
+            save_best(run, epoch)
         lines = [",".join(row), *(",".join(map(str, old.values())) for old in run.history)]
         save(Path(args.out) / "log.csv", "\n".join(lines) + "\n")
     keep(run)
@@ -629,8 +627,6 @@ def save_best(run, epoch):
 def test(run):
     """The test set, touched once, with best.pt -> rows of the result table: chance, CLIP as it started, the run."""
     args, out = run.args, Path(run.args.out)
-    if world() > 1:
-        dist.barrier()          # best.pt is there
     split = "test" if "test" in run.pairs else "val"
     pairs, images = run.pairs[split], run.images[split]
     rows = [("chance", None, None, eval.chance(pairs))]
@@ -660,15 +656,17 @@ def train(args):
         make_toy_clip(args)
         args.model = TOY_CLIP
     args.out = str(new_folder(args))
-    run = prepare(args)
     last = Path(args.out) / "last.pt"
-    if args.resume and last.exists():
-        restore(run, last)
+    saved = eval.load_checkpoint(last) if args.resume and last.exists() else None
+    if saved and args.precision == "auto":
+        args.precision = saved["settings"]["precision"]     # not measured again: it could come out otherwise
+    run = prepare(args)
+    if saved:
+        restore(run, saved)
     if rank() == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    part = run.pairs["train"]
+        take_folder(args)
     say(run, f"data    {args.dataset}: " + ", ".join(f"{len(p.images)} {split}" for split, p in run.pairs.items())
-        + f" pictures; {len(part.captions)} train captions" + "".join(f"\n        {note}" for note in run.notes))
+        + f" pictures; {len(run.tokens)} train captions" + "".join(f"\n        {note}" for note in run.notes))
     say(run, f"model   {args.init or args.model}: {run.total:,} parameters, {args.image_size} px, {args.precision} on "
              f"{args.device}" + f", {world()} processes" * (world() > 1))
     say(run, f"method  {args.method}: {len(run.touched)} places; {args.train} learns: "
@@ -676,15 +674,18 @@ def train(args):
     say(run, f"run     {args.out}: {args.loss} loss, {args.epochs} epochs of {run.steps} steps, "
              f"batch {args.batch_size}, lr {args.lr:g}, seed {args.seed}")
 
-    stop, first, clock = stop_on_ctrl_c(), run.step, time.time()
-    run.kept = clock
+    stop_on_ctrl_c(run)
+    first, clock = run.step, time.time()
     while run.step < args.epochs * run.steps:
-        speed, waited = train_epoch(run, stop)
-        left = (time.time() - clock) / (run.step - first) * (args.epochs * run.steps - run.step)
-        validate(run, speed, waited, left)
-        if stop:
-            raise KeyboardInterrupt(f"stopped after epoch {run.step // run.steps}; go on with the same command and "
-                                    f"--resume --out {args.out}")
+        speed, waited = train_epoch(run)
+        if run.step % run.steps:
+            keep(run)
+        else:
+            left = (time.time() - clock) / (run.step - first) * (args.epochs * run.steps - run.step)
+            validate(run, speed, waited, left)
+        if stopped(run):
+            raise KeyboardInterrupt(f"stopped at step {run.step}; go on with the same command and --resume "
+                                    f"--out {args.out}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return test(run)
 
@@ -716,15 +717,13 @@ def tour():
 def main():
     """The tour without flags, else one run; mistakes end in one line and exit code 2."""
     try:
-        if len(sys.argv) == 1:
-            tour()
-        else:
-            train(parse())
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        tour() if len(sys.argv) == 1 else train(parse(sys.argv[1:]))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        advice = "; try --chunk or a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"train.py: error: {error}{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'stopped before the first step'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'stopped; what was saved is whole'}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -180,7 +180,7 @@ def test_each_mistake_is_one_line_and_nothing_is_written(world, tmp_path, monkey
                            ([*flags, "--resume"], "--resume needs --out"),
                            ([*flags, "--image-size", "1", "2", "3"], "--image-size"),
                            ([*flags, "--out", folder / "scratch"], "already holds a run"),
-                           ([*flags, "--epochs", "0"], "at least 1"),
+                           ([*flags, "--epochs", "0"], "--epochs 0: 1 to"),
                            ([*flags, "--loss", "hinge"], "invalid choice"),
                            ([*flags, "--dataset", "coco"], "invalid choice")):
         code, error = command(monkeypatch, capsys, train, *mistake)
