@@ -411,6 +411,7 @@ def batches(images, tokens, image_of_caption, order, batch_size, start=0, rank=0
 TWO_GROUPS, STRIP = 0.6, 0.5  # share of scenes with two groups of objects; with a road, a river or a bridge
 GROUND_RADIUS, AERIAL_RADIUS = (0.09, 0.10), (0.075, 0.095)
 HAZE, LIGHT, NOISE = 0.35, 0.10, 0.03  # the most haze, from above; spreads of the light and of the noise
+DUST = (0.5, 0.75)             # haze between people and a surveillance camera
 JITTER = 0.07                  # spread of a paint's brightness around the colour it is called by
 TILT = 0.25                    # spread of the slope, in radians, at which things stand on the ground
 SCALE = 3                      # drawn so many times larger and then reduced: smooth edges
@@ -648,20 +649,32 @@ def describe_person(rng, person):
     return f"{pick(rng, ('a', 'the', 'this'))} person {', '.join(most)} and {last}".replace(" a orange", " an orange")
 
 
-def draw_person(rng, person, size=(96, 48)):
-    """Somebody from the front or the back, in a new place and light: (picture, two captions); size is (H, W)."""
+def draw_person(rng, person, size, parts, haze):
+    """Somebody in a new place and light, their parts painted one after the other; size is (H, W)."""
     height, width = size[0] * SCALE, size[1] * SCALE
     wall, floor = (paints(rng, rng.uniform(80, 220, 3))["body"] for _ in range(2))
     image = Image.new("RGB", (width, height), wall)
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, rng.uniform(0.5, 0.9) * height, width, height), fill=floor)
-    x, y, r = rng.uniform((0.45, 0.49, 0.42), (0.55, 0.51, 0.48)) * (width, height, height)
+    x, y, r = rng.uniform((0.45, 0.47, 0.40), (0.55, 0.53, 0.46)) * (width, height, height)
     turn, flip = rng.normal(0, 0.03), pick(rng, (-1, 1))
-    for part in pick(rng, (tuple(WORN), FROM_BEHIND)):
+    for part in parts:
         colour, kind = person[part].split()
         if colour != "no":
             stamp(draw, WORN[part][2][kind], x, y, r, paints(rng, colour), turn, flip)
-    return photograph(rng, image, haze=0), [describe_person(rng, person) for _ in range(2)]
+    return photograph(rng, image, haze)
+
+
+def draw_portrait(rng, size=(96, 48)):
+    """Somebody from the front, in clear air, as a CLIP has seen people: (picture, five captions)."""
+    person = random_person(rng)
+    return draw_person(rng, person, size, WORN, 0), [describe_person(rng, person) for _ in range(5)]
+
+
+def draw_view(rng, person, size=(96, 48)):
+    """Somebody as a surveillance camera has them, from front or back, in haze: (picture, two captions)."""
+    image = draw_person(rng, person, size, pick(rng, (tuple(WORN), FROM_BEHIND)), rng.uniform(*DUST))
+    return image, [describe_person(rng, person) for _ in range(2)]
 
 
 def write_world(root, draw, images, test, seed, size=80):
@@ -693,7 +706,7 @@ def write_people(root, people, views, seed, size=(96, 48)):
             rng = np.random.default_rng((seed, i))
             person, split = random_person(rng), "train" if i < 0.7 * people else "val" if i < 0.8 * people else "test"
             for view in range(views):
-                image, captions = draw_person(rng, person, size)
+                image, captions = draw_view(rng, person, size)
                 entries.append({"id": i, "img_path": f"{i:04d}_{view}.png", "captions": captions, "split": split})
                 image.save(draft / "imgs" / entries[-1]["img_path"], compress_level=1)
         (draft / "data_captions.json").write_text(json.dumps(entries))
@@ -701,12 +714,13 @@ def write_people(root, people, views, seed, size=(96, 48)):
 
 # ---------------------------------------------------------------------------------------------- data sets by name
 
-DATASETS = ("toy-aerial", "toy-ground", "toy-people", "ucm", "rsicd", "rsitmd", "precomp", "karpathy", "folder",
-            *REID_SETS)
+DATASETS = ("toy-aerial", "toy-ground", "toy-people", "toy-portraits", "ucm", "rsicd", "rsitmd", "precomp",
+            "karpathy", "folder", *REID_SETS)
 WORLDS = {  # how each is drawn on first use
     "toy-ground": lambda root: write_world(root, draw_ground, images=6000, test=400, seed=0),
     "toy-aerial": lambda root: write_world(root, draw_aerial, images=2000, test=400, seed=1),
-    "toy-people": lambda root: write_people(root, people=500, views=6, seed=2)}
+    "toy-people": lambda root: write_people(root, people=500, views=6, seed=2),
+    "toy-portraits": lambda root: write_world(root, draw_portrait, images=4000, test=400, seed=3, size=(96, 48))}
 
 
 def read(dataset, root, split):

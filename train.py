@@ -37,8 +37,7 @@ import eval
 import losses
 
 FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # sizes without weights to load: BPE merges learned from the captions
-TOY_CLIP = "runs/toy-clip"                      # what --model toy means: tiny, pre-trained on the drawn ground world
-SDM_SCALE = 50.0                                # 1 / temperature of SDM, fixed as in IRRA
+SDM_SCALE = 50.0                                # 1 / temperature of SDM, at most: IRRA's
 SAVE_EVERY = 600                                # seconds between two last.pt within an epoch
 
 # recipes: what the flags default to. PAPER is PE-RSITR's for frozen CLIP; the others are ours. Prompt decoupling does
@@ -52,8 +51,8 @@ SCRATCH = dict(epochs=20, batch_size=128, lr=1e-3, schedule="cosine", warmup=1.0
 REID = dict(model="ViT-B/16", image_size=(384, 128), method="prompts", loss="sdm", augment="people", epochs=10,
             batch_size=64, lr=3e-4, schedule="cosine", warmup=1.0, epoch_over="captions", weight_decay=4e-5)
 REID_TUNED = dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0)            # --train backbone or all
-TOY_PEOPLE = dict(model="toy", image_size=(96, 48), epochs=8, lr=5e-3)
-TOY_PEOPLE_TUNED = dict(epochs=8, lr=5e-4, warmup=1.0)
+TOY_PEOPLE = dict(model="toy", image_size=(96, 48), augment="none", epochs=5, lr=3e-3)
+TOY_PEOPLE_TUNED = dict(loss="sdm+id", epochs=5, lr=3e-4, warmup=1.0)
 
 
 # ---------------------------------------------------------------------------------------------- 1. settings
@@ -80,7 +79,7 @@ def make_parser():
           skip_bad=dict(action="store_true", help="go on without the pictures that cannot be read"))
     group("model",
           model=dict(default="ViT-B/32", help="published name, weight file, run folder; tiny or small: from scratch; "
-                                              "toy: tiny, pre-trained on the drawn ground world"),
+                                              "toy: tiny, pre-trained on another drawn world"),
           init=dict(metavar="RUN", help="start from the model, method and weights of this run: stage 2"),
           image_size=dict(type=int, nargs="+", metavar="PX",
                           help="pixels, or height and width; other than the model's, its positional grid is resized"),
@@ -127,7 +126,7 @@ def recipe(first):
     if first.dataset in data.REID_SETS:
         return {**REID, **(REID_TUNED if first.train != "method" else {})}
     if first.dataset == "toy-people":
-        return {**REID, **TOY_PEOPLE, **({**REID_TUNED, **TOY_PEOPLE_TUNED} if first.train != "method" else {})}
+        return {**REID, **TOY_PEOPLE, **(TOY_PEOPLE_TUNED if first.train != "method" else {})}
     if first.model in FROM_SCRATCH:
         return SCRATCH
     if not first.dataset.startswith("toy-"):
@@ -292,7 +291,8 @@ def compute_loss(args, features, scale, same=None, persons=None, classifier=None
         return losses.hmmc_softmax_loss(*features, scale, same)
     if args.loss == "contrastive":
         return losses.contrastive_loss(*features, scale, same), {}
-    sdm = losses.sdm_loss(*features, persons, SDM_SCALE)
+    # differs from IRRA: a CLIP that was trained so briefly that its own scale is below 50 keeps that, or SDM collapses
+    sdm = losses.sdm_loss(*features, persons, torch.as_tensor(scale).detach().clamp(max=SDM_SCALE))
     if args.loss == "sdm":
         return sdm, {}
     return losses.summed({"sdm": sdm, "id": losses.id_loss(*features, persons, classifier)})
@@ -653,8 +653,7 @@ def train(args):
     """One run, from settings to test: returns the rows of its result table and leaves the run's folder behind."""
     start_processes(args)
     if args.model == "toy":
-        make_toy_clip(args)
-        args.model = TOY_CLIP
+        args.model = make_toy_clip(args)
     args.out = str(new_folder(args))
     last = Path(args.out) / "last.pt"
     saved = eval.load_checkpoint(last) if args.resume and last.exists() else None
@@ -693,13 +692,17 @@ def train(args):
 # ---------------------------------------------------------------------------------------------- 7. without any data
 
 def make_toy_clip(args):
-    """The toy's stand-in for OpenAI's CLIP: `tiny`, pre-trained on drawn pictures of the ground; made once."""
-    if not (Path(TOY_CLIP) / "metrics.json").exists():
+    """The toy's stand-in for OpenAI's CLIP: `tiny`, trained on the ground world, or on portraits -> its run."""
+    out, flags = "runs/toy-clip", ["--dataset", "toy-ground"]
+    if args.dataset == "toy-people":
+        out, flags = "runs/toy-people-clip", ["--dataset", "toy-portraits", "--image-size", "96", "48"]
+    if not (Path(out) / "metrics.json").exists():
         if rank() == 0:
-            print(f"pre-training a tiny CLIP on drawn ground pictures, once: {TOY_CLIP}")
-        train(parse(["--dataset", "toy-ground", "--model", "tiny", "--method", "none", "--train", "all",
-                     "--loss", "contrastive", "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64",
-                     "--out", TOY_CLIP, "--device", args.device, "--precision", args.precision, "--resume"]))
+            print(f"pre-training a tiny CLIP on drawn pictures, once: {out}")
+        train(parse([*flags, "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive",
+                     "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64", "--out", out,
+                     "--device", args.device, "--precision", args.precision, "--resume"]))
+    return out
 
 
 def tour():

@@ -281,8 +281,8 @@ def bench_pictures(args):
 
         def cached():
             images = data.load_images(paths, 224, folder)
-            batches = data.batches(images, torch.zeros(pictures, 1), range(pictures), np.random.permutation(pictures), 32)
-            return sum(len(batch) for batch, _, _ in batches)
+            order = np.random.permutation(pictures)
+            return sum(len(batch) for batch, _, _ in data.batches(images, torch.zeros(pictures, 1), order, order, 32))
         first = seconds(lambda: data.load_images(paths, 224, f"{folder}/{random.random()}"), repeats=1)
         plain, again = seconds(decode, repeats=1), seconds(cached)
     print(f"\nan epoch of {pictures} JPEG pictures of 256 x 256, to batches of 224 x 224\n")

@@ -868,7 +868,7 @@ def test_a_world_is_drawn_on_first_use_and_then_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.WORLDS, "toy-people", lambda root: data.write_people(root, people=10, views=2, seed=0))
     first = data.read("toy-people", None, "train")
-    monkeypatch.setattr(data, "draw_person", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(data, "draw_view", lambda *_: pytest.fail("drawn again"))
     assert data.read("toy-people", None, "train") == first
     assert Path("runs/toy-people-world/data_captions.json").exists()
 
@@ -903,7 +903,8 @@ def test_people_wear_the_colours_they_are_said_to():
     for seed in range(40):
         rng = np.random.default_rng(seed)
         person = data.random_person(rng) | {"bag": "no bag"}
-        views = [np.asarray(data.draw_person(rng, person)[0], float)[36:42, 22:27].mean(axis=(0, 1)) for _ in range(16)]
+        views = [np.asarray(data.draw_person(rng, person, (96, 48), data.WORN, 0), float) for _ in range(16)]
+        views = [pixels[36:42, 22:27].mean(axis=(0, 1)) for pixels in views]
         seen = np.mean(views, axis=0)           # the middle of the coat or shirt, in the mean light
         nearest = min(data.DYES.split(), key=lambda name: np.abs(data.COLOURS[name] - seen).sum())
         right += nearest == person["top"].split()[0]
