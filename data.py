@@ -294,8 +294,8 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
     """Decode the pictures of all splits: {split: Pairs} -> ({split: Pairs}, {split: uint8 (N, 3, H, W)}, notes).
 
     Empty captions are left out, and pictures that have no other. Bad pictures raise one ValueError that names those of
-    all splits; skip_bad leaves them out with their captions. A split without a picture is a ValueError.
-    notes: what was left out, in words.
+    all splits; skip_bad leaves them out with their captions, at the price of decoding their split anew at each start.
+    A split without a picture is a ValueError. notes: what was left out, in words.
     """
     pairs, images, notes, bad = dict(pairs), {}, [], {}
     for split, part in pairs.items():
