@@ -5,7 +5,7 @@
     python eval.py ViT-B/32 --dataset ucm --data-root ucm_precomp  plain CLIP, zero-shot
     python eval.py --table runs/*                                  finished runs side by side, mean and spread
     python eval.py runs/x --query "two boats in a harbour"         search in the run's data set
-    python eval.py runs/x --query-image boat.jpg --gallery photos  search in a folder, or a picture's neighbours
+    python eval.py runs/x --query-image boat.jpg --gallery photos  a picture's neighbours in a folder
     python eval.py runs/x --sheet 8                                random test captions and what they find
 
 Retrieval: i2t, each of N pictures ranks all M captions, and the best of its own counts; t2i, each caption ranks the
@@ -88,11 +88,12 @@ def count_ties(similarity, query_ids, gallery_ids, size=2 ** 24):
         if not own.any(dim=1).all():
             lost = int(rows[~own.any(dim=1)][0])
             raise ValueError(f"query {lost} (id {int(query_ids[lost])}) has no match in the gallery")
-        own = np.sort(scores.masked_fill(~own, -math.inf).numpy())[:, -P:]    # ascending, (B, P)
-        ranked, own = torch.from_numpy(np.sort(scores.numpy())), torch.from_numpy(own.copy())
-        for among in (ranked, own):
-            below, upto = torch.searchsorted(among, own), torch.searchsorted(among, own, right=True)
-            counts += [(among.shape[1] - upto) * own.isfinite(), (upto - below) * own.isfinite()]
+        ranked = torch.from_numpy(np.sort(scores.numpy()))                    # ascending, (B, G)
+        own_ranked = np.sort(scores.masked_fill(~own, -math.inf).numpy())[:, -P:]
+        own_ranked = torch.from_numpy(own_ranked.copy())                      # (B, P), -inf in front
+        for among in (ranked, own_ranked):
+            below, upto = (torch.searchsorted(among, own_ranked, right=right) for right in (False, True))
+            counts += [(among.shape[1] - upto) * own_ranked.isfinite(), (upto - below) * own_ranked.isfinite()]
     return [torch.cat(counts[n::4]).double() for n in (0, 1, 2, 3)]
 
 
@@ -264,7 +265,8 @@ def load_run(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     settings = checkpoint["settings"]
     lacks = [key for key in ("trained", "merges", "fingerprint") if key not in checkpoint]
-    lacks += [key for key in ("model", "image_size", "activation", "method", "sizes") if key not in settings]
+    lacks += [key for key in ("dataset", "data_root", "model", "image_size", "activation", "method", "train", "loss",
+                              "sizes", "precision") if key not in settings]
     if lacks:
         raise ValueError(f"{path} lacks {', '.join(lacks)}: a run's best.pt of this version is needed, not last.pt")
     source = path if "state_dict" in checkpoint else settings["model"]
@@ -279,13 +281,15 @@ def load_run(path, device="cpu"):
 
 # ---------------------------------------------------------------------------------------------- tables
 
-PAPER_DATA = ("rsicd", "rsitmd", "ucm")     # arXiv 2308.12509, tables I-III: test mR with OpenAI's ViT-B/32 on each
+# arXiv 2308.12509, tables I-III: test mR with OpenAI's ViT-B/32 on each of these
+PAPER_DATA = ("rsicd", "rsitmd", "ucm")
 PAPER_MR = {
     "zero-shot": (15.04, 23.89, 33.08), "full fine-tuning": (30.39, 45.33, 52.43),
     "linear-probe": (24.46, 36.25, 51.30), "coop": (17.29, 30.51, 44.95), "vpt": (21.72, 34.14, 49.77),
     "vl-prompt": (19.61, 32.40, 47.50), "adapter": (24.84, 32.37, 52.74), "clip-adapter": (21.65, 32.38, 44.82),
     "convpass": (21.38, 32.55, 52.91), "adaptformer": (28.10, 34.51, 53.69),
-    "cross-modal-adapter": (27.96, 38.06, 53.35), "uniadapter": (28.84, 39.23, 54.59), "mrs, hmmc": (31.12, 44.47, 55.71)}
+    "cross-modal-adapter": (27.96, 38.06, 53.35), "uniadapter": (28.84, 39.23, 54.59),
+    "mrs, hmmc": (31.12, 44.47, 55.71)}
 # settings that make no other experiment, or that others imply
 INCIDENTAL = ("seed", "out", "resume", "cache", "device", "data_root", "sizes", "trained_parameters")
 
@@ -295,14 +299,14 @@ def label(settings):
     what = {"method": settings["method"], "backbone": "full fine-tuning", "all": "from scratch"}[settings["train"]]
     if settings["train"] != "method" and settings["method"] != "none":
         what += f" with {settings['method']}"
-    return f"{what}, {settings['loss']}{', same masked' * settings['mask_same']}"
+    return f"{what}, {settings['loss']}{', same masked' * bool(settings.get('mask_same'))}"
 
 
 def table(rows, spreads=(), more=()):
     """Markdown table of results, its columns lined up for a terminal too.
 
-    rows: (label, trained parameters or None, share in percent, metrics). spreads: of the headline figures, None where there is none.
-    more: further columns, lists of strings that start with their head.
+    rows: (label, trained parameters or None, share in percent, metrics). spreads: of the headline figures, None for no
+    spread. more: further columns, lists of strings that start with their head.
     """
     name, _ = headline(rows[0][3])
     lines = [["", "trained", "share", *COLUMNS[name].values()]]
@@ -311,11 +315,11 @@ def table(rows, spreads=(), more=()):
         figures = {column: f"{metrics[column]:.2f}" for column in COLUMNS[name]}
         figures[name] += f" ± {spread:.2f}" if spread is not None else ""
         lines.append([label, *size, *figures.values()])
-    columns = [*zip(*lines), *more]
-    width = [max(map(len, column)) for column in columns]
-    head, *lines = (" | ".join([label.ljust(width[0]), *(cell.rjust(w) for cell, w in zip(line, width[1:]))])
-                    for label, *line in zip(*columns))
-    return "\n".join([f"| {head} |", "|:--" + "|--:" * (len(columns) - 1) + "|", *(f"| {line} |" for line in lines)])
+    lines = [[*line, *extra] for line, *extra in zip(lines, *more)]
+    width = [max(map(len, column)) for column in zip(*lines)]
+    lines = [[line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])] for line in lines]
+    lines = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([lines[0], "|:--" + "|--:" * (len(width) - 1) + "|", *lines[1:]])
 
 
 def read_runs(folders):
@@ -346,7 +350,8 @@ def average(runs):
     """
     groups, results = {}, []
     for run in runs:
-        settings = {k: v for k, v in (run["settings"] | run["settings"].get("sizes", {})).items() if k not in INCIDENTAL}
+        settings = run["settings"] | run["settings"].get("sizes", {})
+        settings = {name: value for name, value in settings.items() if name not in INCIDENTAL}
         for row in run["rows"]:
             key = settings if row[1] else {"model": settings["model"]} if row[1] == 0 else {}
             groups.setdefault((row[0], json.dumps(key, sort_keys=True)), []).append((row, run))
@@ -371,8 +376,8 @@ def summarize(results, dataset):
     if dataset in PAPER_DATA:
         more.append(["published mR, ViT-B/32"])
         for result in results:
-            found = [mR for name, mR in PAPER_MR.items() if f"{result.label},".startswith(f"{name},")]
-            more[-1].append(f"{found[0][PAPER_DATA.index(dataset)]:.2f}" if found else "")
+            known = [mR for name, mR in PAPER_MR.items() if f"{result.label},".startswith(f"{name},")]
+            more[-1].append(f"{known[0][PAPER_DATA.index(dataset)]:.2f}" if known else "")
     return table([result[:4] for result in results], [result.spread for result in results], more)
 
 
@@ -381,7 +386,7 @@ def summarize(results, dataset):
 INK, PALE, RED, BLUE, GREEN = "#333333", "#dddddd", "#c0392b", "#1f5fa8", "#1a7f37"
 
 
-def chart(size, title, bottom, left, right={}):
+def chart(size, title, bottom, left, right):
     """White canvas with axes, which run from their first tick {position: text} to the last, at twice the size: reduced
     in the end, lines are smooth. -> (image, draw, font, place); place(x, y) gives the pixel of a position."""
     W, H, x0, x1, y0, y1 = 2 * size[0], 2 * size[1], min(bottom), max(bottom), min(left), max(left)
@@ -401,6 +406,12 @@ def chart(size, title, bottom, left, right={}):
     return image, draw, font, place
 
 
+def round_up(value):
+    """The end of an axis whose quarters are short numbers: the next of 1, 2, 4, 8, 10, 20 ... or 0.8, 0.4 ..."""
+    unit = 10 ** math.floor(math.log10(value)) if value > 0 else 1
+    return next(unit * step for step in (1, 2, 4, 8, 10) if unit * step >= value)
+
+
 def plot_curve(history, path, size=(720, 360)):
     """Training curve as a PNG: the loss, and the validation figure that chooses the epoch, each on its axis from 0.
 
@@ -408,7 +419,8 @@ def plot_curve(history, path, size=(720, 360)):
     """
     last = history[-1]["epoch"]
     figure = "val_" + headline({name.removeprefix("val_"): value for name, value in history[-1].items()})[0]
-    step, high = math.ceil(last / 10), {key: max(row[key] for row in history) or 1.0 for key in ("loss", figure)}
+    step = math.ceil(last / 10)
+    high = {key: round_up(max(row[key] for row in history)) for key in ("loss", figure)}
     left, right = ({n / 4: f"{high[key] * n / 4:.3g}" for n in range(5)} for key in high)
     image, draw, font, place = chart(size, "epoch", {n: str(n) for n in range(0, last + step, step)}, left, right)
     for key, colour, x, anchor in (("loss", RED, 130, "lm"), (figure, BLUE, 2 * size[0] - 130, "rm")):
@@ -439,7 +451,7 @@ def plot_table(results, path, title, size=(900, 540)):
     low, high = 10 * math.floor(min(values) / 10), 10 * math.floor(max(values) / 10 + 1)
     image, draw, font, place = chart(
         size, title, {n: f"{10 ** n:,}".replace(",", " ") for n in range(min(powers), max(powers) + 2)},
-        {y: str(y) for y in range(low, high + 1, 5 if high - low <= 40 else 10)})
+        {y: str(y) for y in range(low, high + 1, 5 if high - low <= 40 else 10)}, {})
     (left, bottom), (right, top) = place(min(powers), low), place(max(powers) + 1, high)
     taken, points = [(0, 0, 2 * size[0], 0), (2 * size[0], 0, 2 * size[0], 2 * size[1])], []        # the edges
     for result in results:
@@ -501,8 +513,8 @@ def decode(path, size):
 def encode_files(model, paths, file, chunk=2048):
     """Unit features of picture files -> (paths, features (N, D)), kept in `file` for the next time.
 
-    Only pictures that are new or changed since, by size and time, are decoded and encoded; `file` is written after each
-    `chunk` of them, so that a break loses no more. What cannot be read is left out; ValueError if nothing can.
+    Only pictures that are new or changed since, by size and time, are decoded and encoded; `file` is written after
+    each `chunk` of them, so that a break loses no more. What cannot be read is left out; ValueError if nothing can.
     """
     stats = [os.stat(path) for path in paths]
     path_of = {f"{stat.st_size} {stat.st_mtime_ns} {os.path.abspath(path)}": path for path, stat in zip(paths, stats)}
@@ -580,7 +592,7 @@ def search(args, model, tokenizer, settings):
 def parse(argv=None):
     """Settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a run's folder or best.pt; or plain CLIP: ViT-B/32 ..., or a weight file")
+    parser.add_argument("run", nargs="?", help="a run's folder or best.pt; plain CLIP: ViT-B/32 ..., or a weight file")
     task = parser.add_argument_group("instead of a test").add_mutually_exclusive_group()
     task.add_argument("--table", nargs="+", metavar="RUN", help="finished runs, for a table and a picture by data set")
     task.add_argument("--query", metavar="TEXT", help="the pictures nearest to a sentence; right and wrong are marked "
@@ -603,8 +615,8 @@ def parse(argv=None):
         parser.error("give one run, or --table with finished runs")
     if args.gallery and not (args.query or args.query_image):
         parser.error("--gallery is searched with --query or --query-image")
-    if args.top < 1:
-        parser.error(f"--top {args.top}: at least 1 is needed")
+    if args.top < 1 or args.sheet is not None and args.sheet < 1:
+        parser.error("--top and --sheet are 1 or more")
     args.out = Path(args.out or (TABLE_PNG if args.table else SHEET_PNG))
     return args
 
@@ -623,9 +635,9 @@ def show_tables(args):
     for heading, runs in found.items():
         results = average(runs)
         out = args.out if len(found) == 1 else args.out.with_stem(f"{args.out.stem}-{heading.replace(' ', '-')}")
-        print(f"{heading}\n\n{summarize(results, runs[0]['settings']['dataset'])}\n")
+        print(f"### {heading}\n\n{summarize(results, runs[0]['settings']['dataset'])}\n")
         plot_table(results, out, f"{heading}: {headline(results[0].metrics)[0]} over trained parameters")
-        print(f"written: {out}\n")
+        print(f"written: {out}", file=sys.stderr)
 
 
 def test(args, model, tokenizer, settings):
@@ -655,12 +667,13 @@ def main(argv=None):
         else:
             model, tokenizer = clip.load_clip(args.run, device=args.device), clip.Tokenizer(args.run)
             settings = {"precision": "fp32"}
-        (search if args.query or args.query_image or args.sheet else test)(args, model, tokenizer, settings)
+        command = test if (args.query, args.query_image, args.sheet) == (None, None, None) else search
+        command(args, model, tokenizer, settings)
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; pictures encoded so far are kept", file=sys.stderr)
+        print("\nstopped; what a search has encoded is kept", file=sys.stderr)
         sys.exit(130)
 
 

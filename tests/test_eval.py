@@ -92,6 +92,11 @@ def test_nan_is_an_error():
         eval.retrieval_metrics([[float("nan"), 0.1], [0.2, 0.3]], [0, 1])
 
 
+def test_nan_in_features_is_an_error():
+    with pytest.raises(ValueError, match="NaN"):
+        eval.retrieval_metrics(eval.Product(torch.ones(2, 2), torch.tensor([[1, float("nan")], [1, 0]])), [0, 1])
+
+
 def test_a_picture_without_caption_is_an_error():
     with pytest.raises(ValueError, match="query 1"):
         eval.retrieval_metrics([[0.3, 0.1], [0.2, 0.3]], [0, 0])
@@ -374,7 +379,7 @@ def test_each_data_set_has_its_table_and_its_picture(tmp_path, capsys):
     runs = [write_run(tmp_path / name, 30.0, dataset=name, data_root=None) for name in ("ucm", "rsicd")]
     eval.main(["--table", *map(str, runs), "--out", str(tmp_path / "new/t.png")])
     printed = capsys.readouterr().out.splitlines()
-    assert [line for line in printed if line in ("ucm test", "rsicd test")] == ["ucm test", "rsicd test"]
+    assert [line for line in printed if line.startswith("#")] == ["### ucm test", "### rsicd test"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["t-rsicd-test.png", "t-ucm-test.png"]
 
 
@@ -413,7 +418,7 @@ def test_no_labels_overlap():
 @pytest.mark.parametrize("name", ["mR", "R1"])
 def test_the_curve_of_either_headline_figure_peaks_where_it_does(tmp_path, name):
     values = [10.0, 40.0, 20.0, 0.0]
-    history = [{"epoch": n + 1, "loss": 1.0, f"val_{name}": value, "val_other": 99.0} for n, value in enumerate(values)]
+    history = [{"epoch": n, "loss": 1.0, f"val_{name}": value, "val_other": 99.0} for n, value in enumerate(values, 1)]
     eval.plot_curve(history, tmp_path / "curve.png")
     rows, columns = np.nonzero(is_colour(pixels(tmp_path / "curve.png"), eval.BLUE)[40:])
     peak = columns[rows == rows.min()]
@@ -423,8 +428,14 @@ def test_the_curve_of_either_headline_figure_peaks_where_it_does(tmp_path, name)
 def test_the_curve_of_one_epoch_is_a_point(tmp_path):
     eval.plot_curve([{"epoch": 1, "loss": 0.0, "val_mR": 12.0}], tmp_path / "curve.png")
     image = pixels(tmp_path / "curve.png")
-    assert is_colour(image, eval.BLUE)[38:43, 650:660].any()       # the right end, on top
-    assert is_colour(image, eval.RED)[300:310, 650:660].any()      # and at 0
+    rows, columns = np.nonzero(is_colour(image, eval.BLUE)[40:])
+    assert abs(columns.mean() - 655) < 1 and abs(40 + rows.mean() - (305 - 265 * 12 / 20)) < 1      # at the right
+    assert is_colour(image, eval.RED)[300:310, 650:660].any()      # a loss of 0 is at the bottom
+
+
+def test_an_axis_ends_at_a_short_number():
+    values = (0.0, 0.3, 1.0, 3.83, 4.1, 8.5, 57.9, 100.0)
+    assert [eval.round_up(value) for value in values] == pytest.approx([1, 0.4, 1, 4, 8, 10, 80, 100])
 
 
 def test_a_sheet_frames_pictures_in_their_colour(tmp_path):
@@ -452,7 +463,8 @@ def world(tmp_path_factory):
                     precision="fp32", trained_parameters=1)
     shared = dict(merges=tokenizer.merges, activation="quick_gelu", fingerprint=eval.fingerprint(model))
     (folder / "clip").mkdir()
-    torch.save(dict(shared, settings=settings, trained={}, state_dict=model.openai_state_dict()), folder / "clip/best.pt")
+    saved = dict(shared, settings=settings, trained={}, state_dict=model.openai_state_dict())
+    torch.save(saved, folder / "clip/best.pt")
     adapters.add_method(model, "mrs", bottleneck=8)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -508,7 +520,8 @@ def faulty(world, tmp_path, fault):
 @pytest.mark.parametrize("fault, words", [
     ("truncated", "cannot be loaded"), ("a CLIP", "no checkpoint of train.py"),
     ("another CLIP", "trained on other weights than those now in"), ("last.pt", "lacks trained, merges, fingerprint"),
-    ("another version", "lacks sizes"), ("another method", "no method 'perceptron'"), ("code in it", "nothing was run")])
+    ("another version", "lacks sizes"), ("another method", "no method 'perceptron'"),
+    ("code in it", "which weights do not need, and nothing was run")])
 def test_a_faulty_run_is_one_line_that_names_the_fault(world, tmp_path, fault, words):
     with pytest.raises(ValueError) as error:
         eval.load_run(faulty(world, tmp_path, fault))
@@ -673,7 +686,8 @@ def test_each_mistake_is_one_line_and_nothing_is_written(world, gallery, tmp_pat
     for flags, words in (([], "give one run"), ([run, "--table", run], "give one run"),
                          ([run, "--query", "x", "--sheet", "2"], "not allowed with"),
                          ([run, "--gallery", gallery], "--gallery is searched with"),
-                         ([run, "--query", "x", "--top", "0"], "--top 0"),
+                         ([run, "--query", "x", "--top", "0"], "are 1 or more"),
+                         ([run, "--sheet", "0"], "are 1 or more"),
                          (["nothing.pt"], "nothing.pt"),
                          ([world / "aerial"], "best.pt"),
                          (["--table", world / "aerial"], "no finished run"),
