@@ -562,7 +562,7 @@ def train_step(run, pixels, tokens, rows):
 
 
 def stopped(run):
-    """Whether Ctrl-C was pressed, in any process."""
+    """Whether Ctrl-C was pressed, in any process; all wait here for each other."""
     return gather(torch.tensor([run.stop], device=run.args.device)).any().item()
 
 
@@ -641,10 +641,10 @@ def test(run):
     say(run, f"\n{args.dataset} {split}, {len(pairs.images)} pictures, {len(pairs.captions)} captions, {how}, "
              f"{duration(60 * minutes)} min, {memory():.1f} GB\n" + eval.table(rows))
     if rank() == 0:
-        eval.plot_curve(run.history, out / "curve.png")
         save(out / "metrics.json", json.dumps(dict(
             settings=vars(args), split=split, minutes=minutes, memory_gb=memory(), total_parameters=run.total,
             best_val=run.best, rows=rows), indent=1) + "\n")
+        eval.plot_curve(run.history, out / "curve.png")
     say(run, f"\nwritten: {out}/ best.pt last.pt log.csv metrics.json curve.png; next: python eval.py {out}")
     return rows
 
@@ -726,7 +726,7 @@ def main():
         print(f"train.py: error: {error}{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'stopped; what was saved is whole'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'stopped; --resume goes on from what was saved'}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -1,10 +1,11 @@
-"""What breaks, and what happens then. Every fault here is a real one: killed processes, full disks, broken files.
+"""What breaks, and what happens then. The faults are real ones, killed processes, full disks, broken files: all but a
+GPU without memory.
 
 | fault | what happens | test |
 |---|---|---|
 | kill -9, at any moment | `--resume` ends as the unbroken run, to the bit | `test_kill_9_...`, `test_killed_...` |
 | Ctrl-C in training | saves, says how to go on, exit code 130; a second one ends at once | `test_ctrl_c_...` |
-| Ctrl-C before that or in the test | one line, exit code 130 | `test_ctrl_c_while_pictures_are_read` |
+| Ctrl-C before that or in the test | one line, exit code 130 | `test_ctrl_c_while_...`, `test_ctrl_c_in_...` |
 | disk full | one line, exit code 2; the last checkpoint is whole, nothing half-written stays | `test_a_full_disk_...` |
 | folder cannot be made | one line, exit code 2 | `test_a_folder_that_cannot_be_made...` |
 | two runs into one folder | the second is refused, also when both start at once | `test_two_runs_...` |
@@ -34,12 +35,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import clip
 import data
@@ -65,6 +68,7 @@ def child(flags, output, faults):
     """`python train.py flags` in this process, after every one of `faults` was called."""
     os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())        # its own one is a semaphore, which would outlive kill -9
     sys.argv = ["train.py", *flags]
     for fault in faults:
         fault()
@@ -116,6 +120,17 @@ def die_before(n, function):
     """Fault: kill -9 right before the n-th call of a function, such as "train.keep"."""
     module, name = function.split(".")
     before(n, sys.modules[module], name, die)
+
+
+def sleep():
+    print("asleep", flush=True)
+    time.sleep(60)
+
+
+def sleep_before(n, function):
+    """Fault: a minute passes before the n-th call of a function."""
+    module, name = function.split(".")
+    before(n, sys.modules[module], name, sleep)
 
 
 def half_written(n):
@@ -294,17 +309,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
                                      f"--out {tmp_path / 'run'}")
 
 
-def long_step():
-    """Fault: the third step takes a minute."""
-    def sleep():
-        print("asleep", flush=True)
-        time.sleep(60)
-    before(3, train, "compute_loss", sleep)
-
-
 def test_ctrl_c_twice_ends_at_once(world, tmp_path):
     _, flags = world
-    process, output = start(*flags, "--out", tmp_path / "run", faults=[long_step])
+    process, output = start(*flags, "--out", tmp_path / "run", faults=[partial(sleep_before, 3, "train.compute_loss")])
     read(output, until="asleep")
     os.kill(process.pid, signal.SIGINT)
     process.join(0.3)
@@ -312,6 +319,16 @@ def test_ctrl_c_twice_ends_at_once(world, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(5)
     assert process.exitcode == -signal.SIGINT
+
+
+def test_ctrl_c_in_the_test_is_one_line(world, tmp_path):
+    _, flags = world
+    process, output = start(*flags, "--out", tmp_path / "run", faults=[partial(sleep_before, 1, "eval.plot_curve")])
+    read(output, until="asleep\n")
+    os.kill(process.pid, signal.SIGINT)
+    text = read(output)
+    process.join()
+    assert process.exitcode == 130 and text.strip() == "stopped; --resume goes on from what was saved"
 
 
 def slow_pictures():
@@ -328,7 +345,7 @@ def test_ctrl_c_while_pictures_are_read_is_one_line(world, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     text = read(output)
     process.join()
-    assert process.exitcode == 130 and text.strip() == "stopped; what was saved is whole"
+    assert process.exitcode == 130 and text.strip() == "stopped; --resume goes on from what was saved"
     assert not (tmp_path / "run").exists() and list((tmp_path / "cache").iterdir()) == []
 
 
@@ -625,32 +642,32 @@ def test_help_needs_no_network_no_home_and_no_data(tmp_path):
 # ---------------------------------------------------------------- figures
 
 @pytest.fixture(scope="module")
-def test_split(world):
+def held_out(world):
     """Pairs and pictures of the test split."""
     pairs = data.read("precomp", world[0] / "aerial", "test")
     return pairs, data.load_images(pairs.images, 32, world[0] / "cache")
 
 
-def evaluate(path, test_split):
-    return eval.evaluate(clip.load_clip(path), clip.Tokenizer(path), *test_split)
+def evaluate(path, held_out):
+    return eval.evaluate(clip.load_clip(path), clip.Tokenizer(path), *held_out)
 
 
-def test_evaluation_is_deterministic(world, test_split):
-    assert evaluate(world[0] / "clip.pt", test_split) == evaluate(world[0] / "clip.pt", test_split)
+def test_evaluation_is_deterministic(world, held_out):
+    assert evaluate(world[0] / "clip.pt", held_out) == evaluate(world[0] / "clip.pt", held_out)
 
 
-def test_a_collapsed_model_scores_chance(world, test_split, tmp_path):
+def test_a_collapsed_model_scores_chance(world, held_out, tmp_path):
     save_clip(tmp_path / "collapsed.pt", captions_of(world[0]), **{
         f"{norm}.{part}": torch.full((128,), value) for norm in ("visual.ln_post", "ln_final")
         for part, value in (("weight", 0.0), ("bias", 1.0))})
-    assert evaluate(tmp_path / "collapsed.pt", test_split) == pytest.approx(eval.chance(test_split[0]))
-    assert evaluate(world[0] / "clip.pt", test_split) != pytest.approx(eval.chance(test_split[0]))
+    assert evaluate(tmp_path / "collapsed.pt", held_out) == pytest.approx(eval.chance(held_out[0]))
+    assert evaluate(world[0] / "clip.pt", held_out) != pytest.approx(eval.chance(held_out[0]))
 
 
-def test_similarities_that_are_nan_are_refused(world, test_split, tmp_path):
+def test_similarities_that_are_nan_are_refused(world, held_out, tmp_path):
     save_clip(tmp_path / "broken.pt", captions_of(world[0]), **{"ln_final.weight": torch.full((128,), math.nan)})
     with pytest.raises(ValueError, match="NaN"):
-        evaluate(tmp_path / "broken.pt", test_split)
+        evaluate(tmp_path / "broken.pt", held_out)
 
 
 # ---------------------------------------------------------------- many steps

@@ -429,6 +429,8 @@ def test_two_processes_are_one_with_the_whole_batch(one_and_two, loss):
     assert one["step"] == two["step"] > 1
     assert one["history"][0]["loss"] == pytest.approx(two["history"][0]["loss"], rel=1e-5)
     assert all(torch.allclose(one["learned"][name], two["learned"][name], atol=1e-5) for name in one["learned"])
+    moments = [[p["exp_avg"] for p in run["optimizer"]["state"].values()] for run in (one, two)]
+    assert all(torch.allclose(a, b, rtol=0.01, atol=1e-4 * a.abs().max()) for a, b in zip(*moments))    # not halved
     one, two = (json.loads((one_and_two / f"{loss}-{n}" / "metrics.json").read_text())["rows"] for n in (1, 2))
     assert two[-1][3] == pytest.approx(one[-1][3], abs=0.01)
 
