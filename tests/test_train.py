@@ -415,7 +415,7 @@ def one_and_two(world, people, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.encode_twice, "__defaults__", (0.0,))
         for flags in runs:
-            run(*flags[:-1], str(flags[-1]).replace("-2", "-1"))
+            run(*flags[:-1], folder / flags[-1].name.replace("-2", "-1"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
