@@ -69,32 +69,47 @@ class Product:
         return Product(self.gallery, self.queries)
 
 
-def count_ties(similarity, query_ids, gallery_ids, size=2 ** 24):
+def own_items(query_ids, gallery_ids):
+    """Where in the gallery each query's own items, those of its id, are -> (places (Q, P), which of them are real)."""
+    order = gallery_ids.argsort(stable=True)
+    first, end = (torch.searchsorted(gallery_ids[order], query_ids, right=right) for right in (False, True))
+    place = first[:, None] + torch.arange(int((end - first).max()))
+    return order[place.clamp(max=len(order) - 1)], place < end[:, None]
+
+
+def count_ties(similarity, query_ids, gallery_ids, best_only=False, size=2 ** 22):
     """Where each query's own items, those of its id, stand in the gallery -> (above, tied, own_above, own_tied).
 
     Each is (Q, P) float64, P being the most own items a query has: how many gallery items score strictly more than
     this own item, how many the same (itself included), and how many of these are own ones. The worst own item comes
-    first; a query with fewer than P has zeros in front. Works on about `size` scores of similarity (Q, G) at a time.
+    first; a query with fewer than P has zeros in front. best_only: (Q, 1), of the best own item alone, which takes no
+    sorting. Works on about `size` scores of similarity (Q, G) at a time.
     Raises ValueError for NaN, shapes that do not fit, or a query without an item of its own.
     """
     if tuple(similarity.shape) != (*query_ids.shape, *gallery_ids.shape) or 0 in similarity.shape:
         raise ValueError(f"similarity {tuple(similarity.shape)} does not fit {tuple(query_ids.shape)} queries and a "
                          f"gallery of {tuple(gallery_ids.shape)}")
-    P, counts = int(gallery_ids.unique(return_counts=True)[1].max()), []
+    place, real = own_items(query_ids, gallery_ids)
+    if not real.any(dim=1).all():
+        lost = int((~real.any(dim=1)).nonzero()[0])
+        raise ValueError(f"query {lost} (id {int(query_ids[lost])}) has no match in the gallery")
+    counts = []
     for rows in torch.arange(len(query_ids)).split(max(1, size // len(gallery_ids))):
-        scores, own = similarity[rows], query_ids[rows, None] == gallery_ids  # (B, G)
-        if not torch.isfinite(scores).all():
+        scores = similarity[rows]                                             # (B, G)
+        if not torch.isfinite(scores.sum()):
             raise ValueError("similarities hold NaN or infinite values: the features are broken, not just bad")
-        if not own.any(dim=1).all():
-            lost = int(rows[~own.any(dim=1)][0])
-            raise ValueError(f"query {lost} (id {int(query_ids[lost])}) has no match in the gallery")
-        ranked = torch.from_numpy(np.sort(scores.numpy()))                    # ascending, (B, G)
-        own_ranked = np.sort(scores.masked_fill(~own, -math.inf).numpy())[:, -P:]
-        own_ranked = torch.from_numpy(own_ranked.copy())                      # (B, P), -inf in front
-        for among in (ranked, own_ranked):
-            below, upto = (torch.searchsorted(among, own_ranked, right=right) for right in (False, True))
-            counts += [(among.shape[1] - upto) * own_ranked.isfinite(), (upto - below) * own_ranked.isfinite()]
-    return [torch.cat(counts[n::4]).double() for n in (0, 1, 2, 3)]
+        own = scores.gather(1, place[rows]).masked_fill(~real[rows], -math.inf).sort(dim=1)[0]      # ascending
+        if best_only:
+            best = own[:, -1:]
+            counts += [torch.stack([(among > best).sum(dim=1), (among == best).sum(dim=1)])[..., None]
+                       for among in (scores, own)]
+            continue
+        ranked = torch.from_numpy(np.sort(scores.numpy()))
+        for among in (ranked, own):
+            below, upto = torch.searchsorted(among, own), torch.searchsorted(among, own, right=True)
+            counts.append(torch.stack([among.shape[1] - upto, upto - below]) * own.isfinite())
+    (above, tied), (own_above, own_tied) = (torch.cat(counts[n::2], dim=1).double() for n in (0, 1))
+    return above, tied, own_above, own_tied
 
 
 def places(tied, own_tied):
@@ -143,7 +158,7 @@ def retrieval_metrics(similarity, image_of_caption):
     images, captions = torch.arange(similarity.shape[0]), torch.as_tensor(image_of_caption)
     recalls = []
     for way in ((similarity, images, captions), (similarity.T, captions, images)):
-        above, tied, _, own_tied = (count[:, -1] for count in count_ties(*way))
+        above, tied, _, own_tied = (count[:, -1] for count in count_ties(*way, best_only=True))
         recalls += hit_rates(above, tied, own_tied)
     return {**dict(zip(RECALLS, recalls)), "mR": sum(recalls) / 6}
 
@@ -296,10 +311,13 @@ INCIDENTAL = ("seed", "out", "resume", "cache", "device", "data_root", "sizes", 
 
 def label(settings):
     """What a run is called in a table: what was trained, and by which loss."""
-    what = {"method": settings["method"], "backbone": "full fine-tuning", "all": "from scratch"}[settings["train"]]
-    if settings["train"] != "method" and settings["method"] != "none":
-        what += f" with {settings['method']}"
-    return f"{what}, {settings['loss']}{', same masked' * bool(settings.get('mask_same'))}"
+    method, what = settings["method"], settings["method"]
+    if settings["model"] in ("tiny", "small"):
+        what = "from scratch"
+    elif settings["train"] != "method":
+        added = {"backbone": f" with fixed {method}", "all": f" and {method} at once"}[settings["train"]]
+        what = "full fine-tuning" + added * (method != "none")
+    return f"{what}, {settings['loss']}{', same masked' * settings['mask_same']}"
 
 
 def table(rows, spreads=(), more=()):
@@ -331,7 +349,7 @@ def read_runs(folders):
             run = json.loads((Path(folder) / "metrics.json").read_text())
             settings = run["settings"]
             place = Path(settings["data_root"] or "").name
-            found.setdefault(f"{settings['dataset']} {settings['test_split']} {place}".strip(), []).append(run)
+            found.setdefault(f"{settings['dataset']} {run['split']} {place}".strip(), []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"eval.py: {folder} is left out, it is no finished run: {error}", file=sys.stderr)
     if not found:

@@ -268,10 +268,11 @@ def recalls(*values):
 
 def write_run(folder, mR, **changes):
     """A finished run's metrics.json with given figures; changes are of its settings, or minutes and memory_gb."""
-    settings = {"dataset": "ucm", "data_root": "x/ucm_precomp", "test_split": "test", "model": "ViT-B/32",
+    settings = {"dataset": "ucm", "data_root": "x/ucm_precomp", "model": "ViT-B/32",
                 "method": "mrs", "train": "method", "loss": "hmmc", "mask_same": False, "lr": 0.0002, "seed": 0,
                 "out": str(folder), "sizes": {"bottleneck": 64}, **changes}
-    run = {"minutes": settings.pop("minutes", 1.0), "memory_gb": settings.pop("memory_gb", 1.0), "settings": settings}
+    run = {"minutes": settings.pop("minutes", 1.0), "memory_gb": settings.pop("memory_gb", 1.0), "split": "test",
+           "settings": settings}
     run["rows"] = [["chance", None, None, recalls(1, 2, 3, 4, 5, 6, 2.5)],
                    ["zero-shot", 0, 0.0, recalls(7, 8, 9, 10, 11, 12, 20.0)],
                    [eval.label(settings), 161088, 0.1065, recalls(20, 30, 40, 50, 60, 70, mR)]]
