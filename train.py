@@ -100,7 +100,8 @@ def make_parser():
                     help="hmmc: the paper's hinge on the hardest negatives; hmmc-softmax: its terms as softmax losses; "
                          "sdm, sdm+id: for data with person ids"),
           margin=dict(type=float, default=0.2, help="of hmmc, cosine units; 0.05-0.3, lower if the loss stays up"),
-          mask_same=dict(action="store_true", help="pairs that share a picture or a caption are no negatives"))
+          mask_same=dict(action="store_true",
+                         help="pairs that share a picture, a caption or a person are no negatives"))
     group("optimisation",
           epochs=dict(type=int, default=30, help="passes over the data; 10-30"),
           batch_size=dict(type=int, default=16, help="pairs, over all processes; contrastive losses gain up to 512 "
@@ -465,7 +466,7 @@ def prepare(args):
     numbers = {text: n for n, text in enumerate(dict.fromkeys(part.captions))}
     run.text_of = torch.tensor([numbers[text] for text in part.captions])
     run.image_of = torch.tensor(part.image_of_caption)
-    run.person_of = torch.tensor(part.ids)[run.image_of] if part.ids else None
+    run.person_of = torch.tensor(part.ids)[run.image_of] if part.ids else run.image_of
 
     # what learns
     choose_trained(model, args.train)
@@ -531,18 +532,14 @@ def train_step(run, pixels, tokens, rows):
     reseed(args.seed, run.step, rank())
     pixels = clip.normalize(data.augment(pixels.to(args.device).float(), args.augment))
     tokens, all_rows = tokens.to(args.device), gather(rows)
-    same = persons = None
-    if args.mask_same:
-        image, text = run.image_of[all_rows], run.text_of[all_rows]
-        same = ((image[:, None] == image) | (text[:, None] == text)).to(args.device)
-    if args.loss.startswith("sdm"):
-        persons = run.person_of[all_rows].to(args.device)
+    image, text, persons = (of[all_rows].to(args.device) for of in (run.image_of, run.text_of, run.person_of))
+    same = (image[:, None] == image) | (text[:, None] == text) | (persons[:, None] == persons)      # (B, B)
     model.train()
     size = args.chunk or len(rows)
     loss, parts = backward(
         encode_piece=lambda piece: encode(model, args, *piece),
-        loss_of=lambda features: compute_loss(args, [gather(x) for x in features], model.logit_scale.exp(), same,
-                                              persons, run.classifier),
+        loss_of=lambda features: compute_loss(args, [gather(x) for x in features], model.logit_scale.exp(),
+                                              same if args.mask_same else None, persons, run.classifier),
         pieces=list(zip(pixels.split(size), tokens.split(size))),
         seed_piece=lambda n: reseed(args.seed, run.step, rank() + world() * n))
     average_gradients(run.learned.values())
@@ -721,8 +718,8 @@ def main():
     """The tour without flags, else one run; mistakes end in one line and exit code 2."""
     try:
         tour() if len(sys.argv) == 1 else train(parse(sys.argv[1:]))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        advice = "; try --chunk or a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+        advice = "; try --chunk or a smaller --batch-size" if isinstance(error, torch.cuda.OutOfMemoryError) else ""
         print(f"train.py: error: {error}{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

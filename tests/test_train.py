@@ -337,6 +337,23 @@ def test_a_loss_on_persons_needs_persons(world, tmp_path, monkeypatch, capsys):
     assert code == 2 and "needs person ids" in error and not (tmp_path / "run").exists()
 
 
+def test_pairs_of_one_person_picture_or_caption_are_no_negatives(people, tmp_path, monkeypatch):
+    folder, _, stage_1 = people
+    pairs, seen, contrastive = data.read("RSTPReid", folder / "people", "train"), [], losses.contrastive_loss
+
+    def spy(image, text, scale, same):
+        seen.append(same)
+        return contrastive(image, text, scale, same)
+    monkeypatch.setattr(losses, "contrastive_loss", spy)
+    run(*stage_1, "--loss", "contrastive", "--mask-same", "--out", tmp_path / "run")
+    rows = data.epoch_order(pairs, "captions", 0, 0)[:16]
+    for i, a in enumerate(rows):
+        for j, b in enumerate(rows):
+            image_a, image_b = pairs.image_of_caption[a], pairs.image_of_caption[b]
+            assert seen[0][i, j] == (pairs.ids[image_a] == pairs.ids[image_b] or pairs.captions[a] == pairs.captions[b])
+    assert seen[0].sum() > 16
+
+
 def test_groups_of_re_identification():
     args = train.parse(["--dataset", "RSTPReid", "--data-root", "x", "--train", "backbone", "--method", "prompts"])
     assert (args.loss, args.epochs, args.lr, args.warmup, args.weight_decay) == ("sdm+id", 60, 1e-5, 5, 4e-5)
