@@ -898,6 +898,23 @@ def test_captions_of_people_tell_the_truth_in_four_parts():
         assert len(told) == 4 == text.count(", ") + 2, (text, person)
 
 
+def test_portraits_have_five_captions_of_one_person_each_told_in_other_words():
+    _, captions = data.draw_portrait(np.random.default_rng(4))
+    person = data.random_person(np.random.default_rng(4))
+    assert len(set(captions)) == 5
+    for caption in captions:
+        assert sum(person[part] in caption for part in ("bag", "shoes", "bottom", "top", "hair", "hat")) == 4
+
+
+def test_a_surveillance_camera_sees_less_contrast_than_a_portrait():
+    spread = {"portrait": [], "view": []}
+    for seed in range(12):
+        spread["portrait"].append(np.asarray(data.draw_portrait(np.random.default_rng(seed))[0], float).std())
+        rng = np.random.default_rng(seed)
+        spread["view"].append(np.asarray(data.draw_view(rng, data.random_person(rng))[0], float).std())
+    assert np.mean(spread["view"]) < 0.6 * np.mean(spread["portrait"])       # 50 to 75 % of it is haze
+
+
 def test_people_wear_the_colours_they_are_said_to():
     right = 0
     for seed in range(40):
