@@ -306,7 +306,7 @@ PAPER_MR = {
     "cross-modal-adapter": (27.96, 38.06, 53.35), "uniadapter": (28.84, 39.23, 54.59),
     "mrs, hmmc": (31.12, 44.47, 55.71)}
 # settings that make no other experiment, or that others imply
-INCIDENTAL = ("seed", "out", "resume", "cache", "device", "data_root", "sizes", "trained_parameters")
+INCIDENTAL = ("seed", "out", "init", "resume", "cache", "device", "data_root", "sizes", "trained_parameters")
 
 
 def label(settings):
