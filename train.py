@@ -578,7 +578,7 @@ def train_epoch(run):
         bar.update()
         if stopped(run):
             break
-        if time.time() - run.kept > SAVE_EVERY:
+        if time.time() - run.kept > SAVE_EVERY and run.step % run.steps:      # at an epoch's end validation comes first
             keep(run)
         fetched = time.time()
     bar.close()

@@ -273,6 +273,8 @@ def test_killed_at_the_worst_moments_a_run_still_ends_as_the_unbroken_one(unbrok
             ("in the first last.pt, in the middle of an epoch", save_every_step, partial(half_written, 1)),
             ("between a last.pt and its renaming", save_every_step, partial(die_before, 8, "os.replace")),
             ("in the middle of an epoch", save_every_step, partial(die_before, 2, "train.train_step")),
+            ("between the last step of an epoch and its validation", save_every_step,
+             partial(die_before, 1, "train.validate")),
             ("in best.pt", partial(half_written, 1)),
             ("between best.pt and last.pt", partial(die_before, 1, "train.keep")),
             ("in the second epoch", partial(die_before, 3, "train.train_step")),
@@ -442,7 +444,8 @@ def test_odd_batches_leave_the_loss_finite(world, alike, tmp_path, loss, batch, 
     flags = [*alike, "--mask-same"] if batch == "captions alike" else ["--batch-size", batch]
     run(*world[1], *flags, "--loss", loss, "--epoch-over", "images", "--epochs", "1", "--out", tmp_path / "run")
     saved = state(tmp_path / "run/last.pt")
-    assert saved["step"] == steps and all(p.isfinite().all() for p in saved["learned"].values())
+    assert saved["step"] == steps and [row["epoch"] for row in saved["history"]] == [1]
+    assert all(p.isfinite().all() for p in saved["learned"].values())
     if batch in ("1", "captions alike"):    # there is no negative
         assert saved["history"][0]["loss"] == 0
     else:
@@ -660,7 +663,9 @@ def test_a_collapsed_model_scores_chance(world, held_out, tmp_path):
     save_clip(tmp_path / "collapsed.pt", captions_of(world[0]), **{
         f"{norm}.{part}": torch.full((128,), value) for norm in ("visual.ln_post", "ln_final")
         for part, value in (("weight", 0.0), ("bias", 1.0))})
-    assert evaluate(tmp_path / "collapsed.pt", held_out) == pytest.approx(eval.chance(held_out[0]))
+    metrics = evaluate(tmp_path / "collapsed.pt", held_out)
+    assert metrics == pytest.approx(eval.chance(held_out[0]))
+    assert metrics["i2t_R@1"] == metrics["t2i_R@1"] == pytest.approx(25)       # one of four pictures
     assert evaluate(world[0] / "clip.pt", held_out) != pytest.approx(eval.chance(held_out[0]))
 
 

@@ -297,6 +297,7 @@ def test_stage_1_changes_all_prompts_and_nothing_of_clip(world, people):
     before, after = adapters.trainable_state(start), prompts_of(folder / "stage1")
     assert list(after) == [name for name in before] and len(after) == 5 + 3        # blocks of the tiny CLIP
     assert all(not torch.equal(before[name], after[name]) for name in after)
+    assert state(folder / "stage1/last.pt")["learned"].keys() == after.keys()
     for name, value in start.openai_state_dict().items():
         assert torch.equal(value, model.openai_state_dict()[name]), name
 
