@@ -404,7 +404,7 @@ def summarize(results, dataset):
 INK, PALE, RED, BLUE, GREEN = "#333333", "#dddddd", "#c0392b", "#1f5fa8", "#1a7f37"
 
 
-def chart(size, title, bottom, left, right):
+def chart(size, title, bottom, left, right={}):
     """White canvas with axes, which run from their first tick {position: text} to the last, at twice the size: reduced
     in the end, lines are smooth. -> (image, draw, font, place); place(x, y) gives the pixel of a position."""
     W, H, x0, x1, y0, y1 = 2 * size[0], 2 * size[1], min(bottom), max(bottom), min(left), max(left)
@@ -433,15 +433,18 @@ def round_up(value):
 def plot_curve(history, path, size=(720, 360)):
     """Training curve as a PNG: the loss, and the validation figure that chooses the epoch, each on its axis from 0.
 
-    history: dicts with epoch, loss and the validation metrics, their names after val_.
+    history: dicts with epoch, loss and, where there is a validation split, its metrics, their names after val_.
     """
     last = history[-1]["epoch"]
-    figure = "val_" + headline({name.removeprefix("val_"): value for name, value in history[-1].items()})[0]
     step = math.ceil(last / 10)
-    high = {key: round_up(max(row[key] for row in history)) for key in ("loss", figure)}
-    left, right = ({n / 4: f"{high[key] * n / 4:.3g}" for n in range(5)} for key in high)
-    image, draw, font, place = chart(size, "epoch", {n: str(n) for n in range(0, last + step, step)}, left, right)
-    for key, colour, x, anchor in (("loss", RED, 130, "lm"), (figure, BLUE, 2 * size[0] - 130, "rm")):
+    curves = [("loss", RED, 130, "lm")]
+    if any(name.startswith("val_") for name in history[-1]):
+        metrics = {name.removeprefix("val_"): value for name, value in history[-1].items()}
+        curves.append((f"val_{headline(metrics)[0]}", BLUE, 2 * size[0] - 130, "rm"))
+    high = {key: round_up(max(row[key] for row in history)) for key, *_ in curves}
+    ticks = [{n / 4: f"{high[key] * n / 4:.3g}" for n in range(5)} for key in high]
+    image, draw, font, place = chart(size, "epoch", {n: str(n) for n in range(0, last + step, step)}, *ticks)
+    for key, colour, x, anchor in curves:
         points = [place(row["epoch"], row[key] / high[key]) for row in history]
         draw.line(points, colour, 5, joint="curve")
         for point in points:
@@ -469,7 +472,7 @@ def plot_table(results, path, title, size=(900, 540)):
     low, high = 10 * math.floor(min(values) / 10), 10 * math.floor(max(values) / 10 + 1)
     image, draw, font, place = chart(
         size, title, {n: f"{10 ** n:,}".replace(",", " ") for n in range(min(powers), max(powers) + 2)},
-        {y: str(y) for y in range(low, high + 1, 5 if high - low <= 40 else 10)}, {})
+        {y: str(y) for y in range(low, high + 1, 5 if high - low <= 40 else 10)})
     (left, bottom), (right, top) = place(min(powers), low), place(max(powers) + 1, high)
     taken, points = [(0, 0, 2 * size[0], 0), (2 * size[0], 0, 2 * size[0], 2 * size[1])], []        # the edges
     for result in results:
