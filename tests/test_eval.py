@@ -328,7 +328,8 @@ def test_runs_of_other_settings_are_rows_of_their_own_that_say_what_differs(tmp_
 
 
 def test_the_folder_and_the_device_make_no_other_experiment(tmp_path):
-    rows = summary(write_run(tmp_path / "a", 1.0, device="cpu"), write_run(tmp_path / "b", 2.0, seed=1, device="cuda"))
+    rows = summary(write_run(tmp_path / "a", 1.0, device="cpu", init="stage1-0"),
+                   write_run(tmp_path / "b", 2.0, seed=1, device="cuda", init="stage1-1"))
     assert len(rows) == 3
 
 

@@ -96,6 +96,7 @@ def test_hmmc_softmax_weighs_its_three_terms():
 def test_temperature_is_clamped_at_100():
     v, t = features(6, 8), features(6, 8, seed=1)
     assert losses.contrastive_loss(v, t, torch.tensor(1e4)).item() == losses.contrastive_loss(v, t, 100.0).item()
+    assert losses.contrastive_loss(v, t, 100.0).item() != losses.contrastive_loss(v, t, 99.0).item()
 
 
 def test_identical_captions_are_negatives_only_without_the_mask():

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -343,13 +344,18 @@ def test_a_loss_on_persons_needs_persons(world, tmp_path, monkeypatch, capsys):
 
 def test_pairs_of_one_person_picture_or_caption_are_no_negatives(people, tmp_path, monkeypatch):
     folder, _, stage_1 = people
-    pairs, seen, contrastive = data.read("RSTPReid", folder / "people", "train"), [], losses.contrastive_loss
+    shutil.copytree(folder / "people", tmp_path / "people")
+    entries = json.loads((tmp_path / "people/data_captions.json").read_text())
+    for entry in entries[::3]:
+        entry["captions"][0] = "somebody"       # a caption that several persons share
+    (tmp_path / "people/data_captions.json").write_text(json.dumps(entries))
+    pairs, seen, contrastive = data.read("RSTPReid", tmp_path / "people", "train"), [], losses.contrastive_loss
 
     def spy(image, text, scale, same):
         seen.append(same)
         return contrastive(image, text, scale, same)
     monkeypatch.setattr(losses, "contrastive_loss", spy)
-    run(*stage_1, "--loss", "contrastive", "--mask-same", "--out", tmp_path / "run")
+    run(*stage_1, "--data-root", tmp_path / "people", "--loss", "contrastive", "--mask-same", "--out", tmp_path / "run")
     rows = data.epoch_order(pairs, "captions", 0, 0)[:16]
     for i, a in enumerate(rows):
         for j, b in enumerate(rows):
