@@ -206,7 +206,7 @@ def deep_prompts(sides, model, prompt_length, prompt_depth):
     CLIP; stage 2 fixes them and fine-tunes CLIP. ViT-B, m = 4: 12 x 4 x (768 + 512) = 61 440.
     Text only: CoOp (Zhou et al., arXiv 2109.01134). ViT-B/32, m = 16: 12 x 16 x 512 = 98 304.
     """
-    # differs from prompt decoupling: position, length, depth and init are ours, the paper's are not public
+    # differs from prompt decoupling: position, length, depth, init are our [choice], the paper's are not public
     # differs from CoOp: deep (the count of arXiv 2308.12509), not at the input only, before the positions
     stacks = [blocks(model, side) for side in sides]
     deepest = max(len(stack) for stack, _ in stacks)

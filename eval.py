@@ -394,7 +394,8 @@ def summarize(results, dataset):
     if dataset in PAPER_DATA:
         more.append(["published mR, ViT-B/32"])
         for result in results:
-            known = [mR for name, mR in PAPER_MR.items() if f"{result.label},".startswith(f"{name},")]
+            known = [mR for name, mR in PAPER_MR.items() if f"{result.label},".startswith(f"{name},")
+                     and "same masked" not in result.label]     # the paper has no mask
             more[-1].append(f"{known[0][PAPER_DATA.index(dataset)]:.2f}" if known else "")
     return table([result[:4] for result in results], [result.spread for result in results], more)
 

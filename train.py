@@ -41,7 +41,7 @@ SDM_SCALE = 50.0                                # 1 / temperature of SDM, at mos
 SAVE_EVERY = 600                                # seconds between two last.pt within an epoch
 
 # recipes: what the flags default to. PAPER is PE-RSITR's for frozen CLIP; the others are ours. Prompt decoupling does
-# not publish its recipe: REID is the field's (IRRA) with our own stage 1
+# not publish its recipe: REID, its stage 1, is our [choice]; REID_TUNED, its stage 2, is the field's (IRRA)
 PAPER = dict(model="ViT-B/32", epochs=30, batch_size=16, lr=2e-4, schedule="step", warmup=0.0, epoch_over="captions")
 TOY = dict(model="toy", loss="hmmc-softmax", epochs=15, batch_size=64, lr=5e-3, schedule="cosine", warmup=1.0,
            epoch_over="images")

@@ -333,6 +333,11 @@ def test_the_folder_and_the_device_make_no_other_experiment(tmp_path):
     assert len(rows) == 3
 
 
+def test_a_masked_loss_has_no_published_figure(tmp_path):
+    rows = summary(write_run(tmp_path / "a", 40.0), write_run(tmp_path / "b", 45.0, mask_same=True))
+    assert [row["published mR, ViT-B/32"] for row in rows[2:]] == ["55.71", ""]
+
+
 def test_each_clip_has_its_zero_shot_row(tmp_path):
     rows = summary(write_run(tmp_path / "a", 30.0), write_run(tmp_path / "b", 31.0, model="ViT-L/14"))
     assert [row[""] for row in rows[1:3]] == ["zero-shot, model ViT-B/32", "zero-shot, model ViT-L/14"]

@@ -18,6 +18,12 @@ GPU without memory.
 | no network, no home, no data | `--help` works | `test_help_...` |
 | a collapsed model | scores chance | `test_a_collapsed_model_...` |
 | a model that gives NaN | evaluation refuses it | `test_similarities_...` |
+| pictures missing, empty, cut off, foreign, too large | all named before training; `--skip-bad` | test_data.py |
+| captions empty | left out, with file and line | test_data.py |
+| captions: other counts, Latin-1, names twice or out of the folder | one line with file and line | test_data.py |
+| line ends of Windows, BOM, tabs, emoji, 10 000 words, odd names | read as they are meant | test_data.py |
+| 16 bit, palette, CMYK, alpha, animation | read as OpenAI's pipeline does, the first frame | test_data.py |
+| no val, no test split | the last epoch is taken, val is measured; it says so | test_train.py |
 | 2000 steps | memory and open files stay as they are | `test_soak`; all of it: `SOAK=1 pytest -k soak` |
 
 Runs that are broken from outside are processes of their own, forked from one that has imported torch already.

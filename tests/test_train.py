@@ -317,13 +317,15 @@ def test_stage_2_starts_where_stage_1_ended(people, tmp_path):
 def test_without_val_the_last_epoch_is_taken_and_without_test_val_is_measured(world, tmp_path, capsys):
     folder, flags = world
     names = sorted((folder / "aerial/images").iterdir())
-    for splits, said in (("train test", "no val split: the last epoch"), ("train val", "no test split: figures are of val")):
+    for splits, said in (("train test", "no val split: the last epoch"),
+                         ("train val", "no test split: figures are of val")):
         lines = [f"{name}\ta picture of {n} things\t{splits.split()[n % 4 == 0]}" for n, name in enumerate(names)]
         (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n")
         out = tmp_path / splits.replace(" ", "-")
         run("--dataset", "folder", "--data-root", tmp_path, *flags[4:], "--lr", "1e-2", "--out", out)
         assert said in capsys.readouterr().out
-        assert (out / "curve.png").is_file() and state(out / "best.pt")["epoch"] in ((2,) if "test" in splits else (1, 2))
+        assert (out / "curve.png").is_file()
+        assert state(out / "best.pt")["epoch"] in ((2,) if "test" in splits else (1, 2))
     last = state(tmp_path / "train-test/last.pt")["learned"]
     assert all(torch.equal(last[name], value) for name, value in prompts_of(tmp_path / "train-test").items())
 
