@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -448,7 +449,14 @@ def one_and_two(world, people, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, runs), nprocs=2)
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(["torch._dynamo", "test_train"])
+    pair = [start.Process(target=one_of_two, args=(number, port, runs)) for number in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+        assert process.exitcode == 0
     return folder
 
 
