@@ -546,8 +546,10 @@ def train_step(run, pixels, tokens, rows):
     norm = nn.utils.clip_grad_norm_(run.learned.values(), math.inf)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         files = dict.fromkeys(run.pairs["train"].images[n] for n in run.image_of[rows])
+        last = Path(args.out) / "last.pt"
+        kept = f"{last} is of the last good state" if last.exists() else "nothing was saved yet"
         raise ValueError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {run.step}, on pictures "
-                         f"{data.some(files, 4)}; {args.out}/last.pt is of the last good state. Two things to try: "
+                         f"{data.some(files, 4)}; {kept}. Two things to try: "
                          f"a third of --lr {args.lr:g}, --precision fp32")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

@@ -134,7 +134,7 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_same_end(world, tmp_path, 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch):
     _, flags = world
     monkeypatch.setattr(losses, "hmmc_loss", lambda *args: (torch.tensor(float("nan"), requires_grad=True), {}))
-    with pytest.raises(ValueError, match="loss is nan .* at step 0, on pictures .*png.*--lr"):
+    with pytest.raises(ValueError, match="loss is nan .* at step 0, on pictures .*png.*nothing was saved yet.*--lr"):
         run(*flags, "--out", tmp_path / "run")
 
 
