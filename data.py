@@ -276,7 +276,7 @@ def load_images(paths, size, cache="runs/cache"):
                 if bad:
                     raise BadPictures(bad)
         except OSError as error:
-            raise OSError(f"cannot write {file}: {error.strerror or error}; try another --cache") from None
+            raise OSError(f"cannot write {file}: {error.strerror or error}; make room there") from None
     return np.memmap(file, np.uint8, "r", shape=shape)
 
 
