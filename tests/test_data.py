@@ -627,7 +627,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))       # as if the disk ended there
     try:
-        with pytest.raises(OSError, match="^cannot write .*uint8: .*another --cache") as error:
+        with pytest.raises(OSError, match="^cannot write .*uint8: .*make room there") as error:
             data.load_images(pairs.images, 64, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
