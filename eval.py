@@ -523,15 +523,6 @@ def find_pictures(folder):
     return found
 
 
-def decode(path, size):
-    """A picture file as uint8 (3, H, W); None, and a line on stderr, if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return clip.preprocess(image, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        print(f"eval.py: {path} is left out: {error}", file=sys.stderr)
-
-
 def encode_files(model, paths, file, chunk=2048):
     """Unit features of picture files -> (paths, features (N, D)), kept in `file` for the next time.
 
@@ -549,15 +540,15 @@ def encode_files(model, paths, file, chunk=2048):
     features = saved["features"][[row[key] for key in done]]
     for i in tqdm(range(0, len(new), chunk), "new pictures", leave=False, disable=None):
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(lambda key: decode(path_of[key], model.config.image_size), new[i:i + chunk]))
-        images = {key: image for key, image in zip(new[i:i + chunk], images) if image is not None}
+            images = list(pool.map(lambda key: data.decode(path_of[key], model.config.image_size), new[i:i + chunk]))
+        for reason in (image for image in images if isinstance(image, str)):
+            print(f"eval.py: left out: {reason}", file=sys.stderr)
+        images = {key: image for key, image in zip(new[i:i + chunk], images) if not isinstance(image, str)}
         if images:
-            features = torch.cat([features, encode_images(model, torch.stack([*images.values()]).numpy())])
+            features = torch.cat([features, encode_images(model, np.stack([*images.values()]))])
             done += images
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            torch.save({"keys": "\0".join(done), "features": features}, partial)
-            os.replace(partial, file)
+            with data.made_whole(file) as draft:
+                torch.save({"keys": "\0".join(done), "features": features}, draft)
     if not done:
         raise ValueError(f"none of the {len(paths)} pictures can be read")
     return [path_of[key] for key in done], features

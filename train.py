@@ -57,68 +57,71 @@ TOY_PEOPLE_TUNED = dict(loss="sdm+id", epochs=5, lr=3e-4, warmup=1.0)
 
 # ---------------------------------------------------------------------------------------------- 1. settings
 
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+
+FLAGS = {     # group: its flags and what argparse is to know of them; `recipe` replaces the defaults
+    "data": dict(
+        dataset=dict(default="toy-aerial", choices=data.DATASETS, help="what to train on"),
+        data_root=dict(metavar="DIR", help="folder of the data set; the toy worlds draw theirs"),
+        epoch_over=dict(default="captions", choices=("captions", "images"),
+                        help="an epoch is every caption once, or every picture once with one of its captions"),
+        augment=dict(default="none", choices=("none", "crop", "aerial", "people"),
+                     help="crop: 60-100 %% of the area; aerial: also quarter turns and mirrors; people: mirror, "
+                          "shift, erase"),
+        skip_bad=dict(action="store_true", help="go on without the pictures that cannot be read")),
+    "model": dict(
+        model=dict(default="ViT-B/32", help="published name, weight file, run folder; tiny or small: from scratch; "
+                                            "toy: tiny, pre-trained on another drawn world"),
+        init=dict(metavar="RUN", help="start from the model, method and weights of this run: stage 2"),
+        image_size=dict(type=int, nargs="+", metavar="PX",
+                        help="pixels, or height and width; other than the model's, its positional grid is resized"),
+        activation=dict(choices=("quick_gelu", "gelu"), help="for checkpoints that do not say; OpenAI: quick_gelu")),
+    "method": dict(
+        method=dict(default="mrs", choices=tuple(adapters.METHODS), help="what is added to CLIP"),
+        train=dict(default="method", choices=("method", "backbone", "all"),
+                   help="what learns: the added method, CLIP itself, or both"),
+        bottleneck=dict(type=int, help="inner width of adapters; 16-128, more for larger data"),
+        dropout=dict(type=float, help="inside the adapter; 0-0.5, less for short runs"),
+        prompt_length=dict(type=int, help="prompt tokens; 2-50"),
+        prompt_depth=dict(type=int, help="blocks with prompts, from the first"),
+        rank=dict(type=int, help="rank of LoRA; 2-16"),
+        shared=dict(action="store_true", default=None, help="one adapter for all blocks, where that is not so"),
+        per_block=dict(action="store_false", default=None, dest="shared", help="one adapter for each block")),
+    "loss": dict(
+        loss=dict(default="hmmc", choices=("hmmc", "hmmc-softmax", "contrastive", "sdm", "sdm+id"),
+                  help="hmmc: the paper's hinge on the hardest negatives; hmmc-softmax: its terms as softmax losses; "
+                       "sdm, sdm+id: for data with person ids"),
+        margin=dict(type=float, default=0.2, help="of hmmc, cosine units; 0.05-0.3, lower if the loss stays up"),
+        mask_same=dict(action="store_true",
+                       help="pairs that share a picture, a caption or a person are no negatives")),
+    "optimisation": dict(
+        epochs=dict(type=int, default=30, help="passes over the data; 10-30"),
+        batch_size=dict(type=int, default=16, help="pairs, over all processes; contrastive losses gain up to 512 "
+                                                   "and more"),
+        chunk=dict(type=int, metavar="PAIRS", help="run a batch through in pieces of this size: same gradient, less "
+                                                   "memory, one forward more"),
+        lr=dict(type=float, default=2e-4, help="Adam's; adapters 1e-4 to 2e-3, CLIP itself 1e-6 to 1e-5; "
+                                               "a third of it when the loss jumps or turns NaN"),
+        schedule=dict(default="step", choices=("step", "cosine"), help="step: x 0.7 from epoch 19 on; cosine: to 0"),
+        warmup=dict(type=float, default=0.0, help="epochs of linear warm-up; 1 for training from scratch"),
+        weight_decay=dict(type=float, default=0.0, help="decoupled, on matrices only; 0.1 from scratch")),
+    "run": dict(
+        out=dict(metavar="DIR", help="folder of the run; by default a new one under runs/"),
+        resume=dict(action="store_true", help="go on with the run in --out"),
+        seed=dict(type=int, default=0, help="of everything random"),
+        precision=dict(default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"),
+        device=dict(default="cuda" if "cuda" in DEVICES else "cpu", choices=DEVICES, help="what torch sees here"))}
+
+
 def make_parser():
-    """Every flag, in groups; the defaults are replaced by those of the recipe, see `parse`."""
+    """Every flag of FLAGS, its default behind its help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python train.py [--flag value] ...; --help explains every flag")
-    devices = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-
-    def group(title, **flags):
-        add = parser.add_argument_group(title).add_argument
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
         for name, options in flags.items():
             default = " (default: %(default)s)" if options.get("default") is not None else ""
-            add("--" + name.replace("_", "-"), **{**options, "help": options["help"] + default})
-    group("data",
-          dataset=dict(default="toy-aerial", choices=data.DATASETS, help="what to train on"),
-          data_root=dict(metavar="DIR", help="folder of the data set; the toy worlds draw theirs"),
-          epoch_over=dict(default="captions", choices=("captions", "images"),
-                          help="an epoch is every caption once, or every picture once with one of its captions"),
-          augment=dict(default="none", choices=("none", "crop", "aerial", "people"),
-                       help="crop: 60-100 %% of the area; aerial: also quarter turns and mirrors; people: mirror, "
-                            "shift, erase"),
-          skip_bad=dict(action="store_true", help="go on without the pictures that cannot be read"))
-    group("model",
-          model=dict(default="ViT-B/32", help="published name, weight file, run folder; tiny or small: from scratch; "
-                                              "toy: tiny, pre-trained on another drawn world"),
-          init=dict(metavar="RUN", help="start from the model, method and weights of this run: stage 2"),
-          image_size=dict(type=int, nargs="+", metavar="PX",
-                          help="pixels, or height and width; other than the model's, its positional grid is resized"),
-          activation=dict(choices=("quick_gelu", "gelu"), help="for checkpoints that do not say; OpenAI: quick_gelu"))
-    group("method",
-          method=dict(default="mrs", choices=tuple(adapters.METHODS), help="what is added to CLIP"),
-          train=dict(default="method", choices=("method", "backbone", "all"),
-                     help="what learns: the added method, CLIP itself, or both"),
-          bottleneck=dict(type=int, help="inner width of adapters; 16-128, more for larger data"),
-          dropout=dict(type=float, help="inside the adapter; 0-0.5, less for short runs"),
-          prompt_length=dict(type=int, help="prompt tokens; 2-50"),
-          prompt_depth=dict(type=int, help="blocks with prompts, from the first"),
-          rank=dict(type=int, help="rank of LoRA; 2-16"),
-          shared=dict(action="store_true", default=None, help="one adapter for all blocks, where that is not so"),
-          per_block=dict(action="store_false", default=None, dest="shared", help="one adapter for each block"))
-    group("loss",
-          loss=dict(default="hmmc", choices=("hmmc", "hmmc-softmax", "contrastive", "sdm", "sdm+id"),
-                    help="hmmc: the paper's hinge on the hardest negatives; hmmc-softmax: its terms as softmax losses; "
-                         "sdm, sdm+id: for data with person ids"),
-          margin=dict(type=float, default=0.2, help="of hmmc, cosine units; 0.05-0.3, lower if the loss stays up"),
-          mask_same=dict(action="store_true",
-                         help="pairs that share a picture, a caption or a person are no negatives"))
-    group("optimisation",
-          epochs=dict(type=int, default=30, help="passes over the data; 10-30"),
-          batch_size=dict(type=int, default=16, help="pairs, over all processes; contrastive losses gain up to 512 "
-                                                     "and more"),
-          chunk=dict(type=int, metavar="PAIRS", help="run a batch through in pieces of this size: same gradient, less "
-                                                     "memory, about 1.4x the time"),
-          lr=dict(type=float, default=2e-4, help="Adam's; adapters 1e-4 to 2e-3, CLIP itself 1e-6 to 1e-5; "
-                                                 "a third of it when the loss jumps or turns NaN"),
-          schedule=dict(default="step", choices=("step", "cosine"), help="step: x 0.7 from epoch 19 on; cosine: to 0"),
-          warmup=dict(type=float, default=0.0, help="epochs of linear warm-up; 1 for training from scratch"),
-          weight_decay=dict(type=float, default=0.0, help="decoupled, on matrices only; 0.1 from scratch"))
-    group("run",
-          out=dict(metavar="DIR", help="folder of the run; by default a new one under runs/"),
-          resume=dict(action="store_true", help="go on with the run in --out"),
-          seed=dict(type=int, default=0, help="of everything random"),
-          precision=dict(default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"),
-          device=dict(default="cuda" if "cuda" in devices else "cpu", choices=devices, help="what torch sees here"))
+            group.add_argument("--" + name.replace("_", "-"), **{**options, "help": options["help"] + default})
     return parser
 
 
@@ -277,7 +280,7 @@ def encode_twice(tower, inputs, dropout=0.2):
 
 def encode(model, args, images, tokens):
     """What a loss is computed from: features (B, D) of pictures and captions, for HMMC also of their second views."""
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+    with eval.autocast(model, args.precision):
         if args.loss.startswith("hmmc"):
             (image, image2), (text, text2) = encode_twice(model.visual, images), encode_twice(model.text, tokens)
             return [image.float(), text.float(), image2.float(), text2.float()]
@@ -362,7 +365,10 @@ def learning_rate(args, step, steps_per_epoch):
 # ---------------------------------------------------------------------------------------------- 5. the run's folder
 
 def save(path, content):
-    """Write a checkpoint, or a text, so that a whole one is always there: to another name first, then renamed."""
+    """Write a checkpoint, or a text, so that a whole one is always there: to another name first, then renamed.
+
+    Always the same other name, unlike `data.made_whole`: what a killed run left of it is overwritten by the next.
+    """
     partial = path.with_suffix(".partial")
     try:
         if isinstance(content, str):
@@ -438,20 +444,17 @@ def read_splits(args):
     return pairs, notes
 
 
-def prepare(args):
-    """Data, model and optimiser of a run, in a namespace; all mistakes show here, before anything is written."""
-    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, stop=False,
-                             classifier=None, kept=time.time())
-    if args.precision == "auto":
-        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
-    reseed(args.seed, 0)
+def load(run):
+    """Read the data, the model with its method, and the pictures; process 0 first: what is made once is then there."""
+    args = run.args
     if rank() > 0:
-        dist.barrier()          # process 0 goes first: what is made once on disk is then there
+        dist.barrier()
     pairs, run.notes = read_splits(args)
     if args.init:
-        model, run.tokenizer, _ = eval.load_run(args.init, args.device)
+        run.model, run.tokenizer, _ = eval.load_run(args.init, args.device)
     else:
-        model, run.tokenizer = build(args, pairs["train"].captions)
+        run.model, run.tokenizer = build(args, pairs["train"].captions)
+    model = run.model
     args.image_size, args.activation = model.config.image_size, model.config.activation
     size, patch, grid = args.image_size, model.config.patch_size, model.config.grid
     if size not in (patch * grid[0], (patch * grid[0], patch * grid[1])):
@@ -461,16 +464,26 @@ def prepare(args):
     run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
     if rank() == 0 and world() > 1:
         dist.barrier()
-    part, run.notes = run.pairs["train"], run.notes + notes
+    run.notes += notes
+    part = run.pairs["train"]
     run.tokens = run.tokenizer(part.captions, model.config.context_length)
     numbers = {text: n for n, text in enumerate(dict.fromkeys(part.captions))}
     run.text_of = torch.tensor([numbers[text] for text in part.captions])
     run.image_of = torch.tensor(part.image_of_caption)
     run.person_of = torch.tensor(part.ids)[run.image_of] if part.ids else run.image_of
 
-    # what learns
+
+def prepare(args):
+    """Data, model and optimiser of a run, in a namespace; all mistakes show here, before anything is written."""
+    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, stop=False,
+                             classifier=None, kept=time.time())
+    if args.precision == "auto":
+        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
+    reseed(args.seed, 0)
+    load(run)
+    model, part = run.model, run.pairs["train"]
     choose_trained(model, args.train)
-    run.model, run.learned = model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+    run.learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     args.trained_parameters = sum(p.numel() for p in run.learned.values())
     run.total = sum(p.numel() for p in model.parameters())
     run.share = 100 * args.trained_parameters / run.total
