@@ -1,4 +1,5 @@
 """The losses: HMMC (first paper), contrastive (CLIP), SDM and ID (second paper). Pure functions on features.
+At the end, how they see the whole of a batch that is spread over processes, or too large for one forward.
 
 Rows are pairs: row i of the image features belongs to row i of the text features. Nothing here needs more than
 torch, and each function can be copied alone with the few lines of helpers above it. Half-precision features are
@@ -7,6 +8,7 @@ taken to float32 before anything is computed; similarities are cosines.
 Shapes: B pairs in the batch, D width of the joint space.
 """
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 
@@ -107,3 +109,62 @@ def id_loss(image, text, person_ids, classifier):
     """
     loss = F.cross_entropy(classifier(image).float(), person_ids)
     return (loss + F.cross_entropy(classifier(text).float(), person_ids)) / 2
+
+
+# ---------------------------------------------------------------- a batch that one device or one forward cannot hold
+
+def world():
+    """How many processes share a batch; alone it is 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(x):
+    """Rows of this process (B, ...) -> rows of all (world B, ...), with gradients.
+
+    Each process computes the loss of the whole batch, but has the graph of its own rows only. The gradients of the
+    parameters are averaged over processes afterwards, so those through the rows count `world` times.
+    """
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad * world())
+        parts[dist.get_rank()] = x
+    return torch.cat(parts)
+
+
+def average_gradients(parameters):
+    """The mean of each gradient over the processes, left in place."""
+    for parameter in parameters if world() > 1 else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()
+
+
+def backward(encode_piece, loss_of, pieces, seed_piece):
+    """Loss of a batch from features, its gradients left in the parameters -> (loss, parts).
+
+    With more than one piece, no more than one is in memory at a time, and the gradient is still that of the whole
+    batch (GradCache, arXiv 2101.06983): features without graph first, then the gradient of the loss for each feature,
+    then every piece again, with the same dropout, to pass that gradient on.
+    """
+    if len(pieces) == 1:
+        loss, parts = loss_of(encode_piece(pieces[0]))
+        loss.backward()
+        return loss.detach(), parts
+    features = []
+    with torch.no_grad():
+        for n, piece in enumerate(pieces):
+            seed_piece(n)
+            features.append(encode_piece(piece))
+    features = [torch.cat(rows).requires_grad_() for rows in zip(*features)]
+    loss, parts = loss_of(features)
+    loss.backward()
+    start = 0
+    for n, piece in enumerate(pieces):
+        seed_piece(n)
+        again = encode_piece(piece)
+        rows = slice(start, start := start + len(again[0]))
+        torch.autograd.backward(again, [whole.grad[rows] for whole in features])
+    return loss.detach(), parts

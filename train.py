@@ -200,35 +200,6 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(x):
-    """Rows of this process (B, ...) -> rows of all (world B, ...), with gradients.
-
-    Each process computes the loss of the whole batch, but has the graph of its own rows only. The gradients of the
-    parameters are averaged over processes afterwards, so those through the rows count `world` times.
-    """
-    if world() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.detach().contiguous())
-    if x.requires_grad:
-        x.register_hook(lambda grad: grad * world())
-        parts[rank()] = x
-    return torch.cat(parts)
-
-
-def average_gradients(parameters):
-    """The mean of each gradient over the processes, in place."""
-    for parameter in parameters if world() > 1 else ():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world()
-
-
 # ---------------------------------------------------------------------------------------------- 3. model
 
 def fast_bf16(device):
@@ -305,34 +276,6 @@ def compute_loss(args, features, scale, same=None, persons=None, classifier=None
 def reseed(seed, step, part=0):
     """Make what follows depend on these numbers alone: step below 2^24, part (a process, a piece) below 2^8."""
     torch.manual_seed(seed * 2 ** 32 + part * 2 ** 24 + step)
-
-
-def backward(encode_piece, loss_of, pieces, seed_piece):
-    """Loss of a batch from features, its gradients left in the parameters -> (loss, parts).
-
-    With more than one piece, no more than one is in memory at a time, and the gradient is still that of the whole
-    batch (GradCache, arXiv 2101.06983): features without graph first, then the gradient of the loss for each feature,
-    then every piece again, with the same dropout, to pass that gradient on.
-    """
-    if len(pieces) == 1:
-        loss, parts = loss_of(encode_piece(pieces[0]))
-        loss.backward()
-        return loss.detach(), parts
-    features = []
-    with torch.no_grad():
-        for n, piece in enumerate(pieces):
-            seed_piece(n)
-            features.append(encode_piece(piece))
-    features = [torch.cat(rows).requires_grad_() for rows in zip(*features)]
-    loss, parts = loss_of(features)
-    loss.backward()
-    start = 0
-    for n, piece in enumerate(pieces):
-        seed_piece(n)
-        again = encode_piece(piece)
-        rows = slice(start, start := start + len(again[0]))
-        torch.autograd.backward(again, [whole.grad[rows] for whole in features])
-    return loss.detach(), parts
 
 
 # ---------------------------------------------------------------------------------------------- 4. optimiser
@@ -462,7 +405,7 @@ def load(run):
     run.fingerprint = eval.fingerprint(model)
     run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
     run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
-    if rank() == 0 and world() > 1:
+    if rank() == 0 and losses.world() > 1:
         dist.barrier()
     run.notes += notes
     part = run.pairs["train"]
@@ -497,10 +440,10 @@ def prepare(args):
     new = {*adapters.trainable_state(model), "classifier.weight", "classifier.bias"}
     run.optimizer = make_optimizer(run.learned, new, args)
     rows = len(data.epoch_order(part, args.epoch_over, args.seed, 0))
-    if min(rows, args.batch_size) < world():
+    if min(rows, args.batch_size) < losses.world():
         raise ValueError(f"{rows} pairs in batches of {args.batch_size} are less than one a batch for each of "
-                         f"{world()} processes: start fewer, or raise --batch-size")
-    run.steps = rows // args.batch_size + (rows % args.batch_size >= world())       # of an epoch
+                         f"{losses.world()} processes: start fewer, or raise --batch-size")
+    run.steps = rows // args.batch_size + (rows % args.batch_size >= losses.world())       # of an epoch
     return run
 
 
@@ -544,18 +487,18 @@ def train_step(run, pixels, tokens, rows):
         group["lr"] = group["factor"] * learning_rate(args, run.step, run.steps)
     reseed(args.seed, run.step, rank())
     pixels = clip.normalize(data.augment(pixels.to(args.device).float(), args.augment))
-    tokens, all_rows = tokens.to(args.device), gather(rows)
+    tokens, all_rows = tokens.to(args.device), losses.gather(rows)
     image, text, persons = (of[all_rows].to(args.device) for of in (run.image_of, run.text_of, run.person_of))
     same = (image[:, None] == image) | (text[:, None] == text) | (persons[:, None] == persons)      # (B, B)
     model.train()
     size = args.chunk or len(rows)
-    loss, parts = backward(
+    loss, parts = losses.backward(
         encode_piece=lambda piece: encode(model, args, *piece),
-        loss_of=lambda features: compute_loss(args, [gather(x) for x in features], model.logit_scale.exp(),
+        loss_of=lambda features: compute_loss(args, [losses.gather(x) for x in features], model.logit_scale.exp(),
                                               same if args.mask_same else None, persons, run.classifier),
         pieces=list(zip(pixels.split(size), tokens.split(size))),
-        seed_piece=lambda n: reseed(args.seed, run.step, rank() + world() * n))
-    average_gradients(run.learned.values())
+        seed_piece=lambda n: reseed(args.seed, run.step, rank() + losses.world() * n))
+    losses.average_gradients(run.learned.values())
     norm = nn.utils.clip_grad_norm_(run.learned.values(), math.inf)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         files = dict.fromkeys(run.pairs["train"].images[n] for n in run.image_of[rows])
@@ -575,7 +518,7 @@ def train_step(run, pixels, tokens, rows):
 
 def stopped(run):
     """Whether Ctrl-C was pressed, in any process; all wait here for each other."""
-    return gather(torch.tensor([run.stop], device=run.args.device)).any().item()
+    return losses.gather(torch.tensor([run.stop], device=run.args.device)).any().item()
 
 
 def train_epoch(run):
@@ -587,7 +530,7 @@ def train_epoch(run):
     bar = tqdm(total=run.steps, initial=done, desc=f"epoch {epoch + 1}", leave=False, disable=rank() > 0 or None)
     fetched = began
     for batch in data.batches(run.images["train"], run.tokens, run.image_of, order, args.batch_size, done, rank(),
-                              world()):
+                              losses.world()):
         waited += time.time() - fetched
         train_step(run, *batch)
         bar.update()
@@ -679,7 +622,7 @@ def train(args):
     say(run, f"data    {args.dataset}: " + ", ".join(f"{len(p.images)} {split}" for split, p in run.pairs.items())
         + f" pictures; {len(run.tokens)} train captions" + "".join(f"\n        {note}" for note in run.notes))
     say(run, f"model   {args.init or args.model}: {run.total:,} parameters, {args.image_size} px, {args.precision} on "
-             f"{args.device}" + f", {world()} processes" * (world() > 1))
+             f"{args.device}" + f", {losses.world()} processes" * (losses.world() > 1))
     say(run, f"method  {args.method}: {len(run.touched)} places; {args.train} learns: "
              f"{args.trained_parameters:,} parameters, {run.share:.2f} %")
     say(run, f"run     {args.out}: {args.loss} loss, {args.epochs} epochs of {run.steps} steps, "

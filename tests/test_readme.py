@@ -1,5 +1,8 @@
 """README.md: what it says of the code is true of the code."""
+import functools
+import glob
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,9 +23,10 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("file", ["clip.py", "adapters.py", "losses.py", "data.py", "train.py", "eval.py"])
-def test_the_count_of_lines_is_the_files(file):
-    stated = re.search(rf"^\| `{file}` \| (\d+) \|", README, flags=re.MULTILINE)[1]
-    assert int(stated) == len((ROOT / file).read_text().splitlines())
+def test_the_lines_and_minutes_are_the_files(file):
+    lines, minutes = re.search(rf"^\| `{file}` \| (\d+) \| (\d+) \|", README, flags=re.MULTILINE).groups()
+    assert int(lines) == len((ROOT / file).read_text().splitlines())
+    assert int(minutes) == round(int(lines) / 60)
 
 
 def test_every_method_is_there_with_its_count():
@@ -55,6 +59,84 @@ def test_every_flag_is_a_flag(monkeypatch, capsys):
             flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line.partition("#")[0]))
             if script:
                 assert flags <= known.get(script[1], set()) | known["torchrun"] | {"--model"}, line
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with small drawn data under the names that the README's commands use, and a tiny CLIP."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, pictures in (("ucm_precomp", 18), ("rsicd_precomp", 24)):
+        data.write_world(folder / name, data.draw_aerial, images=pictures, test=6, seed=1)
+    data.write_people(folder / "CUHK-PEDES", people=10, views=2, seed=0)
+    (folder / "CUHK-PEDES/data_captions.json").rename(folder / "CUHK-PEDES/reid_raw.json")
+    (folder / "photos").mkdir()
+    pairs = data.read("ucm", folder / "ucm_precomp", "train")
+    shutil.copy(pairs.images[0], folder / "photo.jpg")
+    for path in pairs.images:
+        shutil.copy(path, folder / "photos")
+    (folder / "photos/captions.tsv").write_text("".join(
+        f"{Path(pairs.images[n]).name}\t{text}\n" for text, n in zip(pairs.captions, pairs.image_of_caption)))
+    train.train(train.parse(["--dataset", "ucm", "--data-root", str(folder / "ucm_precomp"), "--model", "tiny",
+                             "--method", "none", "--train", "all", "--epochs", "1", "--out", str(folder / "start")]))
+    return folder
+
+
+@pytest.fixture
+def paste(place, tmp_path, monkeypatch, capsys):
+    """Runs a command line of the README as a shell would, but small: one epoch of a tiny CLIP -> what it printed."""
+    for name in ("ucm_precomp", "rsicd_precomp", "CUHK-PEDES", "photos", "photo.jpg", "start"):
+        (tmp_path / name).symlink_to(place / name)
+    for name, draw, size in (("toy-ground", data.draw_ground, {}), ("toy-aerial", data.draw_aerial, {}),
+                             ("toy-portraits", data.draw_portrait, dict(size=(96, 48)))):
+        monkeypatch.setitem(data.WORLDS, name, functools.partial(data.write_world, draw=draw, images=24, test=6, seed=0,
+                                                                 **size))
+    monkeypatch.setitem(data.WORLDS, "toy-people", functools.partial(data.write_people, people=10, views=2, seed=0))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+
+    def run(line):
+        for name, value in names.items():
+            line = line.replace(f"${name}", value)
+        words = shlex.split(line, comments=True)
+        if not words or "=" in words[0]:
+            return names.update(word.split("=", 1) for word in words)
+        script = next(n for n, word in enumerate(words) if word.endswith(".py"))
+        argv = [found for word in words[script:] for found in (sorted(glob.glob(word)) if "*" in word or "?" in word
+                                                               else ["start" if word == "ViT-B/32" else word])]
+        if argv[0] == "train.py" and len(argv) > 1:
+            own = {"--init", "--model"} & set(argv) or "toy-people" in argv
+            argv += [] if own else ["--model", "start"]
+            argv += ["--epochs", "1", "--warmup", "0", "--batch-size", "8"]
+            argv += ["--image-size", "96", "48"] if "CUHK-PEDES" in argv and "--init" not in argv else []
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        try:
+            sys.modules[argv[0][:-3]].main()
+        except SystemExit as stop:
+            assert not stop.code, (argv, capsys.readouterr().err)
+        return capsys.readouterr().out
+    return run
+
+
+COMMANDS = [block for kind, block in BLOCKS if kind == "bash" and "pip install" not in block]
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=[block.strip().splitlines()[-1][:60] for block in COMMANDS])
+def test_the_commands_run_one_after_the_other(paste, block):
+    for line in block.replace("\\\n", " ").splitlines():
+        paste(line)
+
+
+def shape(line):
+    """A line without its figures."""
+    return re.sub(r"[ -]+", " ", re.sub(r"\d[\d,.: ]*(e-\d+)?\*?", "0", line)).strip()
+
+
+def test_the_output_shown_is_what_is_printed(paste):
+    """Line by line but for figures."""
+    shown = next(block for kind, block in BLOCKS if block.startswith("$ python train.py"))
+    printed = {shape(line) for line in paste("python train.py").splitlines()}
+    assert {shape(line) for line in shown.splitlines()[1:] if line != "..."} <= printed
 
 
 def test_every_data_set_and_method_of_a_command_exists():

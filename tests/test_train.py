@@ -396,7 +396,7 @@ def test_pieces_give_the_gradient_of_the_whole_batch_with_the_same_dropout():
 
     def loss_of(features):
         return train.compute_loss(args, features, 10.0)
-    loss, parts = train.backward(encode, loss_of, pieces, lambda n: torch.manual_seed(5 + n))
+    loss, parts = losses.backward(encode, loss_of, pieces, lambda n: torch.manual_seed(5 + n))
     gradients = [p.grad.clone() for p in learned]
     model.zero_grad()
     whole = []
