@@ -229,10 +229,10 @@ def encode_texts(model, tokens, batch_size=256):
     device = model.logit_scale.device
     distinct, place = tokens.unique(dim=0, return_inverse=True)
     by_length = distinct.count_nonzero(dim=1).argsort(stable=True)            # short with short: less padding
-    features = torch.empty(len(distinct), model.config.embed_dim)
+    features = []
     for rows in tqdm(by_length.split(batch_size), "encoding captions", leave=False, disable=None):
-        features[rows] = model.encode_text(distinct[rows].to(device)).float().cpu()
-    return features[place]
+        features.append(model.encode_text(distinct[rows].to(device)).float().cpu())
+    return torch.cat(features)[by_length.argsort()[place]]
 
 
 def evaluate(model, tokenizer, pairs, images, precision="fp32"):
@@ -531,7 +531,7 @@ def encode_files(model, paths, file, chunk=2048):
     """
     stats = [os.stat(path) for path in paths]
     path_of = {f"{stat.st_size} {stat.st_mtime_ns} {os.path.abspath(path)}": path for path, stat in zip(paths, stats)}
-    saved = {"keys": "", "features": torch.empty(0, model.config.embed_dim)}
+    saved = {"keys": "", "features": torch.empty(0)}
     if file.is_file():
         with clip.loading(file):
             saved = torch.load(file, weights_only=True)

@@ -430,13 +430,14 @@ def prepare(args):
     args.trained_parameters = sum(p.numel() for p in run.learned.values())
     run.total = sum(p.numel() for p in model.parameters())
     run.share = 100 * args.trained_parameters / run.total
-    if args.precision == "bf16":
-        freeze_in_bf16(model)
     if args.loss == "sdm+id":
-        run.classifier = nn.Linear(model.config.embed_dim, max(part.ids) + 1).to(args.device)
+        width = eval.encode_texts(model, run.tokens[:1]).shape[1]             # a method may have changed it
+        run.classifier = nn.Linear(width, max(part.ids) + 1).to(args.device)
         nn.init.normal_(run.classifier.weight, std=0.001)
         nn.init.zeros_(run.classifier.bias)
         run.learned |= {f"classifier.{name}": p for name, p in run.classifier.named_parameters()}
+    if args.precision == "bf16":
+        freeze_in_bf16(model)
     new = {*adapters.trainable_state(model), "classifier.weight", "classifier.bias"}
     run.optimizer = make_optimizer(run.learned, new, args)
     rows = len(data.epoch_order(part, args.epoch_over, args.seed, 0))

@@ -293,6 +293,21 @@ def test_stage_1_changes_all_prompts_and_nothing_of_clip(world, people):
         assert torch.equal(value, model.openai_state_dict()[name]), name
 
 
+def test_a_method_that_widens_the_features_trains_and_searches(people, tmp_path):
+    folder, _, stage_1 = people
+    run(*stage_1, "--method", "linear-probe", "--loss", "sdm+id", "--out", tmp_path / "probe")
+    model, tokenizer, _ = eval.load_run(tmp_path / "probe")
+    D = model.config.embed_dim
+    assert state(tmp_path / "probe/last.pt")["learned"]["classifier.weight"].shape[1] == 2 * D
+    texts = ["a man with a red bag", "woman", "a man with a red bag"]
+    encoded = eval.encode_texts(model, tokenizer(texts))
+    for text, row in zip(texts, encoded):
+        assert torch.allclose(row, model.encode_text(tokenizer([text]))[0], atol=1e-6)
+    paths = eval.find_pictures(folder / "people")[:3]
+    for _ in range(2):      # encoded, and from the file
+        assert eval.encode_files(model, paths, tmp_path / "features.pt")[1].shape == (3, 2 * D)
+
+
 def test_stage_2_keeps_the_prompts_and_changes_clip(world, people):
     folder, flags, _ = people
     rows = run(*flags, "--init", folder / "stage1", "--train", "backbone", "--lr", "1e-3", "--out", folder / "stage2")
