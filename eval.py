@@ -93,22 +93,23 @@ def count_ties(similarity, query_ids, gallery_ids, best_only=False, size=2 ** 22
     if not real.any(dim=1).all():
         lost = int((~real.any(dim=1)).nonzero()[0])
         raise ValueError(f"query {lost} (id {int(query_ids[lost])}) has no match in the gallery")
-    counts = []
-    for rows in torch.arange(len(query_ids)).split(max(1, size // len(gallery_ids))):
+    counts = torch.zeros(2, 2, *(place[:, :1] if best_only else place).shape, dtype=torch.float64)
+    for start in range(0, len(query_ids), step := max(1, size // len(gallery_ids))):
+        rows = slice(start, start + step)
         scores = similarity[rows]                                             # (B, G)
         if not torch.isfinite(scores.sum()):
             raise ValueError("similarities hold NaN or infinite values: the features are broken, not just bad")
         own = scores.gather(1, place[rows]).masked_fill(~real[rows], -math.inf).sort(dim=1)[0]      # ascending
         if best_only:
             best = own[:, -1:]
-            counts += [torch.stack([(among > best).sum(dim=1), (among == best).sum(dim=1)])[..., None]
-                       for among in (scores, own)]
+            for n, among in enumerate((scores, own)):
+                counts[n, :, rows, 0] = torch.stack([(among > best).sum(dim=1), (among == best).sum(dim=1)])
             continue
         ranked = torch.from_numpy(np.sort(scores.numpy()))
-        for among in (ranked, own):
+        for n, among in enumerate((ranked, own)):
             below, upto = torch.searchsorted(among, own), torch.searchsorted(among, own, right=True)
-            counts.append(torch.stack([among.shape[1] - upto, upto - below]) * own.isfinite())
-    (above, tied), (own_above, own_tied) = (torch.cat(counts[n::2], dim=1).double() for n in (0, 1))
+            counts[n, :, rows] = torch.stack([among.shape[1] - upto, upto - below]) * own.isfinite()
+    (above, tied), (own_above, own_tied) = counts
     return above, tied, own_above, own_tied
 
 
@@ -216,11 +217,12 @@ def autocast(model, precision):
 def encode_images(model, images, batch_size=128):
     """uint8 (N, 3, H, W) array -> unit features (N, D), float32 on the CPU."""
     device = model.logit_scale.device
-    features = []
+    features = None         # made whole at once: rows kept one batch at a time would lie between the large blocks
     for i in tqdm(range(0, len(images), batch_size), "encoding pictures", leave=False, disable=None):
-        batch = torch.from_numpy(np.array(images[i:i + batch_size])).to(device)
-        features.append(model.encode_image(clip.normalize(batch)).float().cpu())
-    return torch.cat(features)
+        batch = model.encode_image(clip.normalize(torch.from_numpy(np.array(images[i:i + batch_size])).to(device)))
+        features = torch.empty(len(images), batch.shape[1]) if features is None else features
+        features[i:i + batch_size] = batch
+    return features
 
 
 @torch.no_grad()
@@ -229,10 +231,12 @@ def encode_texts(model, tokens, batch_size=256):
     device = model.logit_scale.device
     distinct, place = tokens.unique(dim=0, return_inverse=True)
     by_length = distinct.count_nonzero(dim=1).argsort(stable=True)            # short with short: less padding
-    features = []
+    features = None
     for rows in tqdm(by_length.split(batch_size), "encoding captions", leave=False, disable=None):
-        features.append(model.encode_text(distinct[rows].to(device)).float().cpu())
-    return torch.cat(features)[by_length.argsort()[place]]
+        batch = model.encode_text(distinct[rows].to(device)).float().cpu()
+        features = torch.empty(len(distinct), batch.shape[1]) if features is None else features
+        features[rows] = batch
+    return features[place]
 
 
 def evaluate(model, tokenizer, pairs, images, precision="fp32"):

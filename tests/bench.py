@@ -292,23 +292,41 @@ def bench_pictures(args):
         print(f"| {name} | {pictures / time_taken:.0f} | {plain / time_taken:.1f}x |")
 
 
-def ranking_job(captions):
-    """Seconds for the recalls of features of `captions` captions, five to a picture."""
+def scale_job(n):
+    """Seconds to encode n captions and n pictures with a tiny CLIP, to search the pictures, and for the recalls."""
     torch.manual_seed(0)
-    images, texts = (F.normalize(torch.randn(n, 512), dim=1) for n in (captions // 5, captions))
-    pairs = data.Pairs([""] * len(images), [""] * captions, torch.arange(captions) // 5)
-    start = time.perf_counter()
-    eval.split_metrics(eval.Product(images, texts), pairs)
-    return time.perf_counter() - start
+    model = clip.CLIP(train.dataclasses.replace(clip.SIZES["tiny"], vocab_size=49408, context_length=77)).eval()
+    tokens, size, times = drawn_tokens(n), model.config.image_size, []
+    eval.encode_texts(model, tokens[:64])       # the first call of a process is slower
+
+    def timed(call):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+        return result
+    with tempfile.TemporaryFile() as file:
+        pictures = np.memmap(file, np.uint8, "w+", shape=(n, 3, size, size))
+        for i in range(0, n, 1000):
+            pictures[i:i + 1000] = np.random.default_rng(i).integers(0, 256, pictures[i:i + 1000].shape)
+        with eval.autocast(model, "bf16" if train.fast_bf16("cpu") else "fp32"):
+            texts = timed(lambda: eval.encode_texts(model, tokens))
+            images = timed(lambda: eval.encode_images(model, pictures))
+    timed(lambda: [(images @ text).topk(10) for text in texts[:100]])
+    pairs = data.Pairs([""] * (n // 5), [""] * n, torch.arange(n) // 5)
+    timed(lambda: eval.split_metrics(eval.Product(images[:n // 5], texts), pairs))
+    return times
 
 
-def bench_ranking(args):
-    print("\nthe recalls from features of width 512; a full matrix of the last row would take 8 GB\n")
-    print("| captions | pictures | s | s per 10^9 similarities | peak memory |\n|--:|--:|--:|--:|--:|")
-    for captions in (1000, 10_000, 100_000):
-        time_taken, memory = in_process(ranking_job, captions)
-        print(f"| {captions} | {captions // 5} | {time_taken:.2f} | {time_taken / (captions ** 2 / 5e9):.2f} "
-              f"| {memory:.2f} GB |", flush=True)
+def bench_scale(args):
+    """What must grow linearly: encoding and search in the items, the recalls in the similarities."""
+    print("\nn captions and n pictures through a tiny CLIP (random weights, 80 px), 100 queries among the pictures, and "
+          "the recalls of\nn captions and n / 5 pictures\n")
+    print("| n | captions/s | pictures/s | ms a query | recalls, s | s per 10^9 similarities | peak memory |")
+    print("|--:|--:|--:|--:|--:|--:|--:|")
+    for n in (1000, 10_000, 100_000):
+        (texts, images, search, recalls), memory = in_process(scale_job, n)
+        print(f"| {n} | {n / texts:.0f} | {n / images:.0f} | {10 * search:.2f} | {recalls:.2f} "
+              f"| {recalls / (n ** 2 / 5e9):.1f} | {memory:.2f} GB |", flush=True)
 
 
 # ------------------------------------------------------------------------------- loading weights
@@ -354,7 +372,7 @@ def bench_load(args):
 
 
 SECTIONS = {"step": bench_step, "methods": bench_methods, "reid": bench_reid, "text": bench_text,
-            "pictures": bench_pictures, "ranking": bench_ranking, "load": bench_load}
+            "pictures": bench_pictures, "scale": bench_scale, "load": bench_load}
 
 
 def main():
