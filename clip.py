@@ -58,11 +58,25 @@ class CLIPConfig:
         return height // self.patch_size, width // self.patch_size
 
 
+class ScaledSiLU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702. The two factors cancel in the gradient, which autograd does not see: this is faster."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = 1.702 * x
+        ctx.save_for_backward(y)
+        return F.silu(y).div_(1.702)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
+
+
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x): OpenAI's approximation, and not interchangeable with GELU on trained weights."""
 
     def forward(self, x):
-        return F.silu(1.702 * x) / 1.702      # silu(y) = y * sigmoid(y): two passes over memory fewer
+        return ScaledSiLU.apply(x)
 
 
 class Attention(nn.Module):

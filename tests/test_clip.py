@@ -92,6 +92,16 @@ def test_quick_gelu_at_one():
     assert clip.QuickGELU()(torch.tensor(1.0)).item() == pytest.approx(1 / (1 + np.exp(-1.702)))
 
 
+def test_quick_gelu_and_its_gradient_are_those_of_the_formula():
+    x = torch.linspace(-30, 30, 601, dtype=torch.float64, requires_grad=True)
+    plain = x * torch.sigmoid(1.702 * x)
+    weight = torch.linspace(-1, 2, 601, dtype=torch.float64)
+    assert torch.allclose(clip.QuickGELU()(x), plain, rtol=0, atol=1e-14)
+    ours, = torch.autograd.grad(clip.QuickGELU()(x), x, weight)
+    expected, = torch.autograd.grad(plain, x, weight)
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-14)
+
+
 def float64_tower(state, x, prefix, layers, causal):
     """Blocks of one tower on (L, C) in numpy's float64, position by position."""
     def norm(x, name):
