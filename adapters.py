@@ -82,8 +82,7 @@ def trainable_state(model):
     It does not ask requires_grad: stage 2 of prompt decoupling fixes the prompts and still needs them.
     CLIP's own weights, where those were trained, are `model.openai_state_dict()`.
     """
-    parameters = dict(model.named_parameters())
-    return {key: parameters[key].detach().cpu().clone() for key in getattr(model, "method_parameters", [])}
+    return {key: model.get_parameter(key).detach().cpu().clone() for key in getattr(model, "method_parameters", [])}
 
 
 def load_trainable(model, state):
@@ -91,8 +90,7 @@ def load_trainable(model, state):
 
     Missing, unknown or misshapen keys raise ValueError with the first 8 names; nothing is loaded then.
     """
-    parameters = dict(model.named_parameters())
-    own = {key: parameters[key] for key in getattr(model, "method_parameters", [])}
+    own = {key: model.get_parameter(key) for key in getattr(model, "method_parameters", [])}
     wrong = [f"missing {key}" for key in own if key not in state]
     wrong += [f"unknown {key}" for key in state if key not in own]
     wrong += [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
