@@ -8,6 +8,7 @@ Each variant runs in a process of its own, which gives its peak memory, and the 
 of which the fastest counts: a busy machine slows some rounds, and a ratio of minima is what is left of that.
 """
 import argparse
+import math
 import os
 import random
 import resource
@@ -240,6 +241,48 @@ def bench_reid(args):
         print(f"| {name} | {trained:,} | {time_taken:.2f} | {memory:.1f} GB |", flush=True)
 
 
+# ------------------------------------------------------------------------------- beside another library
+
+def peer_job(batch_size, device):
+    """Seconds a contrastive training step of transformers' CLIPModel with PEFT's LoRA, rank 4 on q and v, bf16."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    config = CLIPConfig()       # ViT-B/32
+    config.text_config.eos_token_id = 49407
+    model = get_peft_model(CLIPModel(config), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).to(device)
+    tokens = some_tokens(batch_size)
+    tokens = tokens[:, :tokens.count_nonzero(dim=1).max()].to(device)       # padded to the longest
+    images, target = torch.randn(batch_size, 3, 224, 224, device=device), torch.arange(batch_size, device=device)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, 1e-5)
+
+    def step():
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits = model(input_ids=tokens, attention_mask=(tokens > 0).long(), pixel_values=images).logits_per_image
+        optimizer.zero_grad(set_to_none=True)
+        (F.cross_entropy(logits.float(), target) + F.cross_entropy(logits.float().T, target)).backward()
+        optimizer.step()
+    return seconds(step, repeats=2), sum(p.numel() for p in learned)
+
+
+def bench_peers(args):
+    """Needs `pip install transformers peft`, which nothing else here does."""
+    print(f"\na contrastive training step, ViT-B/32 with random weights, batch {args.batch_size}, bf16, {args.device}, "
+          f"best of {args.rounds} rounds\n")
+    print("| | trained | s/step | images/s | against transformers | peak memory |\n|:--|--:|--:|--:|--:|--:|")
+    best = {}
+    for _ in range(args.rounds):
+        for name in ("transformers + PEFT, LoRA", "ours, LoRA", "ours, MRS-Adapter"):
+            job = (peer_job, args.batch_size, args.device) if "PEFT" in name else \
+                (method_job, "lora" if "LoRA" in name else "mrs", "ViT-B/32", args.batch_size, args.device)
+            (time_taken, trained), memory = in_process(*job)
+            best[name] = min(best.get(name, (math.inf,)), (time_taken, trained, memory))
+    for name, (time_taken, trained, memory) in best.items():
+        print(f"| {name} | {trained:,} | {time_taken:.3f} | {args.batch_size / time_taken:.1f} "
+              f"| {next(iter(best.values()))[0] / time_taken:.2f}x | {memory:.2f} GB |")
+
+
 # ------------------------------------------------------------------------------- captions, pictures, ranking
 
 def text_job(variant, size, captions, device):
@@ -384,12 +427,12 @@ def bench_load(args):
 
 
 SECTIONS = {"step": bench_step, "methods": bench_methods, "reid": bench_reid, "text": bench_text,
-            "pictures": bench_pictures, "scale": bench_scale, "load": bench_load}
+            "pictures": bench_pictures, "scale": bench_scale, "load": bench_load, "peers": bench_peers}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(SECTIONS)}; default: all")
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(SECTIONS)}; default: all but peers")
     parser.add_argument("--model", default="ViT-B/32", choices=[name for name in clip.SIZES if name.startswith("ViT")])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
@@ -401,7 +444,7 @@ def main():
     unknown = [name for name in args.sections if name not in SECTIONS]
     if unknown:
         parser.error(f"no section {unknown[0]!r}: there are {', '.join(SECTIONS)}")
-    for name in args.sections or SECTIONS:
+    for name in args.sections or list(SECTIONS)[:-1]:
         SECTIONS[name](args)
 
 
