@@ -2,7 +2,7 @@
 
     python tests/bench.py               every section, a few minutes
     python tests/bench.py step          one section; --model, --batch-size, --rounds to change sizes
-    python tests/bench.py step --captions rsitmd_precomp/test_caps.txt      real captions (OpenAI's vocabulary is needed)
+    python tests/bench.py step --captions rsitmd_precomp/test_caps.txt      real captions, with OpenAI's vocabulary
 
 Each variant runs in a process of its own, which gives its peak memory, and the variants take turns for some rounds,
 of which the fastest counts: a busy machine slows some rounds, and a ratio of minima is what is left of that.
@@ -372,8 +372,8 @@ def search_job(n):
 
 def bench_scale(args):
     """What must grow linearly: encoding and search in the items, the recalls in the similarities."""
-    print("\nn captions and n pictures through a tiny CLIP (random weights, 80 px), 100 queries among the pictures, and "
-          "the recalls of\nn captions and n / 5 pictures\n")
+    print("\nn captions and n pictures through a tiny CLIP (random weights, 80 px), 100 queries among the pictures,\n"
+          "and the recalls of n captions and n / 5 pictures\n")
     print("| n | captions/s | pictures/s | ms a query | recalls, s | s per 10^9 similarities | peak memory |")
     print("|--:|--:|--:|--:|--:|--:|--:|")
     for n in (1000, 10_000, 100_000):

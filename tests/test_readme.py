@@ -83,7 +83,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def paste(place, tmp_path, monkeypatch, capsys):
-    """Runs a command line of the README as a shell would, but small: one epoch of a tiny CLIP -> what it printed."""
+    """Runs a command line of the README as a shell would, but small: an epoch or two of a tiny CLIP -> its output."""
     for name in ("ucm_precomp", "rsicd_precomp", "CUHK-PEDES", "photos", "photo.jpg", "start"):
         (tmp_path / name).symlink_to(place / name)
     for name, draw, size in (("toy-ground", data.draw_ground, {}), ("toy-aerial", data.draw_aerial, {}),
@@ -91,18 +91,19 @@ def paste(place, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(data.WORLDS, name, functools.partial(data.write_world, draw=draw, images=24, test=6, seed=0,
                                                                  **size))
     monkeypatch.setitem(data.WORLDS, "toy-people", functools.partial(data.write_people, people=10, views=2, seed=0))
+    monkeypatch.setitem(train.TOY, "epochs", 2)
     monkeypatch.chdir(tmp_path)
     names = {}
 
     def run(line):
         for name, value in names.items():
             line = line.replace(f"${name}", value)
+        line = line.replace("ViT-B/32", "start").replace("--model runs/small-rsicd", "--model start")
         words = shlex.split(line, comments=True)
         if not words or "=" in words[0]:
             return names.update(word.split("=", 1) for word in words)
         script = next(n for n, word in enumerate(words) if word.endswith(".py"))
-        argv = [found for word in words[script:] for found in (sorted(glob.glob(word)) if "*" in word or "?" in word
-                                                               else ["start" if word == "ViT-B/32" else word])]
+        argv = [found for word in words[script:] for found in sorted(glob.glob(word)) or [word]]
         if argv[0] == "train.py" and len(argv) > 1:
             own = {"--init", "--model"} & set(argv) or "toy-people" in argv
             argv += [] if own else ["--model", "start"]
