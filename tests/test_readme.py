@@ -129,8 +129,9 @@ def test_the_commands_run_one_after_the_other(paste, block):
 
 
 def shape(line):
-    """A line without its figures."""
-    return re.sub(r"[ -]+", " ", re.sub(r"\d[\d,.: ]*(e-\d+)?\*?", "0", line)).strip()
+    """A line without its figures, their stars and the spaces that line them up."""
+    line = re.sub(r"\d[\d,.:]*(e-\d+)?", "0", line.replace("*", " "))
+    return re.sub(r"0( 0)+", "0", re.sub(r"[ -]+", " ", line)).strip()
 
 
 def test_the_output_shown_is_what_is_printed(paste):
