@@ -141,6 +141,13 @@ def test_the_output_shown_is_what_is_printed(paste):
     assert {shape(line) for line in shown.splitlines()[1:] if line != "..."} <= printed
 
 
+def test_the_deviations_are_those_marked_in_the_code():
+    shown = next(block for kind, block in BLOCKS if block.startswith("$ grep"))
+    marked = [f"{path.name}:{mark}" for path in sorted(ROOT.glob("*.py"))
+              for mark in re.findall("differs from.*", path.read_text())]
+    assert shown.splitlines()[1:] == marked
+
+
 def test_every_data_set_and_method_of_a_command_exists():
     for name in re.findall(r"--dataset ([\w-]+)", README):
         assert name in data.DATASETS
