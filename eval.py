@@ -474,12 +474,16 @@ def plot_table(results, path, title, size=(900, 540)):
     results = [result for result in results if result.trained is not None]
     powers = [math.floor(math.log10(result.trained)) for result in results if result.trained]
     values = [headline(result.metrics)[1] + sign * (result.spread or 0) for result in results for sign in (-1, 1)]
-    low, high = 10 * math.floor(min(values) / 10), 10 * math.floor(max(values) / 10 + 1)
+    low, high = 5 * math.floor(min(values) / 5), 5 * math.floor(max(values) / 5 + 1)
+    endings = {result.label.rpartition(", ")[2] for result in results if result.trained}
+    common = endings.pop() if len(endings) == 1 else ""         # the loss, if it is that of all: said once
+    title = ", ".join(filter(None, [title, common]))
     image, draw, font, place = chart(
         size, title, {n: f"{10 ** n:,}".replace(",", " ") for n in range(min(powers), max(powers) + 2)},
         {y: str(y) for y in range(low, high + 1, 5 if high - low <= 40 else 10)})
     (left, bottom), (right, top) = place(min(powers), low), place(max(powers) + 1, high)
-    taken, points = [(0, 0, 2 * size[0], 0), (2 * size[0], 0, 2 * size[0], 2 * size[1])], []        # the edges
+    W, H = 2 * size[0], 2 * size[1]
+    taken, points = [(0, 0, W, 0), (W, 0, W, H), (0, 0, left - 12, H), (0, bottom + 8, W, H)], []     # the margins
     for result in results:
         x, y = place(math.log10(result.trained or 10 ** min(powers)), headline(result.metrics)[1])
         reach = (result.spread or 0) * (bottom - top) / (high - low)
@@ -490,7 +494,7 @@ def plot_table(results, path, title, size=(900, 540)):
             draw.line([(x, y - reach), (x, y + reach)], BLUE, 4)
             draw.circle((x, y), 9, BLUE)
         taken.append((x - 9, y - max(reach, 9), x + 9, y + max(reach, 9)))
-        points.append((result.label, x, y))
+        points.append((result.label.removesuffix(f", {common}"), x, y))
     for text, x, y in points:
         box = free_box(draw, font, text, x, y, taken)
         draw.line([(x, y), (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))], BLUE, 1)
