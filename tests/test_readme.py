@@ -49,7 +49,7 @@ def flags_of(module, monkeypatch, capsys):
 
 
 def test_every_flag_is_a_flag(monkeypatch, capsys):
-    known = {"torchrun": {"--nproc-per-node"}, "bench.py": {"--rounds"}}
+    known = {"torchrun": {"--nproc-per-node"}, "bench.py": {"--rounds", "--captions", "--batch-size"}}
     for module in (train, eval, data, clip):
         known[f"{module.__name__}.py"] = flags_of(module, monkeypatch, capsys)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= set.union(*known.values())
