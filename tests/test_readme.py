@@ -107,7 +107,7 @@ def paste(place, tmp_path, monkeypatch, capsys):
         if argv[0] == "train.py" and len(argv) > 1:
             own = {"--init", "--model"} & set(argv) or "toy-people" in argv
             argv += [] if own else ["--model", "start"]
-            argv += ["--epochs", "1", "--warmup", "0", "--batch-size", "8"]
+            argv += ["--epochs", "1", "--warmup", "0", "--batch-size", "8", "--epoch-over", "images"]
             argv += ["--image-size", "96", "48"] if "CUHK-PEDES" in argv and "--init" not in argv else []
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()
