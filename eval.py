@@ -214,29 +214,31 @@ def autocast(model, precision):
 
 
 @torch.no_grad()
-def encode_images(model, images, batch_size=128):
-    """uint8 (N, 3, H, W) array -> unit features (N, D), float32 on the CPU."""
-    device = model.logit_scale.device
-    features = None         # made whole at once: rows kept one batch at a time would lie between the large blocks
-    for i in tqdm(range(0, len(images), batch_size), "encoding pictures", leave=False, disable=None):
-        batch = model.encode_image(clip.normalize(torch.from_numpy(np.array(images[i:i + batch_size])).to(device)))
-        features = torch.empty(len(images), batch.shape[1]) if features is None else features
-        features[i:i + batch_size] = batch
+def encode_batches(encode, batches, what):
+    """Rows `encode` gives for each batch of row numbers, all together (N, D), float32 on the CPU."""
+    features, count = None, sum(map(len, batches))
+    for rows in tqdm(batches, f"encoding {what}", leave=False, disable=None):
+        batch = encode(rows).float().cpu()
+        if features is None:    # made whole at once: small results kept between large freed blocks hold these back
+            features = torch.empty(count, batch.shape[1])
+        features[rows] = batch
     return features
 
 
-@torch.no_grad()
+def encode_images(model, images, batch_size=128):
+    """uint8 (N, 3, H, W) array -> unit features (N, D), float32 on the CPU."""
+    device, batches = model.logit_scale.device, torch.arange(len(images)).split(batch_size)
+    return encode_batches(lambda rows: model.encode_image(clip.normalize(
+        torch.from_numpy(images[rows.numpy()]).to(device))), batches, "pictures")
+
+
 def encode_texts(model, tokens, batch_size=256):
     """Token ids (M, L) -> unit features (M, D), float32 on the CPU. Each distinct caption is encoded once."""
     device = model.logit_scale.device
     distinct, place = tokens.unique(dim=0, return_inverse=True)
     by_length = distinct.count_nonzero(dim=1).argsort(stable=True)            # short with short: less padding
-    features = None
-    for rows in tqdm(by_length.split(batch_size), "encoding captions", leave=False, disable=None):
-        batch = model.encode_text(distinct[rows].to(device)).float().cpu()
-        features = torch.empty(len(distinct), batch.shape[1]) if features is None else features
-        features[rows] = batch
-    return features[place]
+    return encode_batches(lambda rows: model.encode_text(distinct[rows].to(device)), by_length.split(batch_size),
+                          "captions")[place]
 
 
 def evaluate(model, tokenizer, pairs, images, precision="fp32"):
@@ -310,7 +312,7 @@ PAPER_MR = {
     "cross-modal-adapter": (27.96, 38.06, 53.35), "uniadapter": (28.84, 39.23, 54.59),
     "mrs, hmmc": (31.12, 44.47, 55.71)}
 # settings that make no other experiment, or that others imply
-INCIDENTAL = ("seed", "out", "init", "resume", "cache", "device", "data_root", "sizes", "trained_parameters")
+INCIDENTAL = ("seed", "out", "init", "resume", "device", "data_root", "sizes", "trained_parameters")
 
 
 def label(settings):
