@@ -118,6 +118,11 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank():
+    """Number of this process among them, 0 the one that writes; alone it is 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def gather(x):
     """Rows of this process (B, ...) -> rows of all (world B, ...), with gradients.
 
@@ -130,7 +135,7 @@ def gather(x):
     dist.all_gather(parts, x.detach().contiguous())
     if x.requires_grad:
         x.register_hook(lambda grad: grad * world())
-        parts[dist.get_rank()] = x
+        parts[rank()] = x
     return torch.cat(parts)
 
 

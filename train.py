@@ -195,11 +195,6 @@ def start_processes(args):
                                 timeout=datetime.timedelta(hours=2))
 
 
-def rank():
-    """Number of this process, 0 the one that writes; alone it is 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 # ---------------------------------------------------------------------------------------------- 3. model
 
 def fast_bf16(device):
@@ -390,7 +385,7 @@ def read_splits(args):
 def load(run):
     """Read the data, the model with its method, and the pictures; process 0 first: what is made once is then there."""
     args = run.args
-    if rank() > 0:
+    if losses.rank() > 0:
         dist.barrier()
     pairs, run.notes = read_splits(args)
     if args.init:
@@ -405,7 +400,7 @@ def load(run):
     run.fingerprint = eval.fingerprint(model)
     run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
     run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
-    if rank() == 0 and losses.world() > 1:
+    if losses.rank() == 0 and losses.world() > 1:
         dist.barrier()
     run.notes += notes
     part = run.pairs["train"]
@@ -451,7 +446,7 @@ def prepare(args):
 def keep(run):
     """Write last.pt, from which --resume goes on."""
     run.kept = time.time()
-    if rank() == 0:
+    if losses.rank() == 0:
         save(Path(run.args.out) / "last.pt",
              dict(settings=vars(run.args), learned={name: p.detach() for name, p in run.learned.items()},
                   optimizer=run.optimizer.state_dict(), step=run.step, history=run.history, sums=run.sums,
@@ -475,7 +470,7 @@ def restore(run, saved):
 
 def say(run, text):
     """Print a line, and keep it in log.txt."""
-    if rank() == 0:
+    if losses.rank() == 0:
         print(text, flush=True)
         log = Path(run.args.out) / "log.txt"
         save(log, log.read_text() + text + "\n")
@@ -486,7 +481,7 @@ def train_step(run, pixels, tokens, rows):
     args, model = run.args, run.model
     for group in run.optimizer.param_groups:
         group["lr"] = group["factor"] * learning_rate(args, run.step, run.steps)
-    reseed(args.seed, run.step, rank())
+    reseed(args.seed, run.step, losses.rank())
     pixels = clip.normalize(data.augment(pixels.to(args.device).float(), args.augment))
     tokens, all_rows = tokens.to(args.device), losses.gather(rows)
     image, text, persons = (of[all_rows].to(args.device) for of in (run.image_of, run.text_of, run.person_of))
@@ -498,7 +493,7 @@ def train_step(run, pixels, tokens, rows):
         loss_of=lambda features: compute_loss(args, [losses.gather(x) for x in features], model.logit_scale.exp(),
                                               same if args.mask_same else None, persons, run.classifier),
         pieces=list(zip(pixels.split(size), tokens.split(size))),
-        seed_piece=lambda n: reseed(args.seed, run.step, rank() + losses.world() * n))
+        seed_piece=lambda n: reseed(args.seed, run.step, losses.rank() + losses.world() * n))
     losses.average_gradients(run.learned.values())
     norm = nn.utils.clip_grad_norm_(run.learned.values(), math.inf)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -528,10 +523,10 @@ def train_epoch(run):
     epoch, done = divmod(run.step, run.steps)
     order = data.epoch_order(run.pairs["train"], args.epoch_over, args.seed, epoch)
     began, waited = time.time(), 0.0
-    bar = tqdm(total=run.steps, initial=done, desc=f"epoch {epoch + 1}", leave=False, disable=rank() > 0 or None)
+    bar = tqdm(total=run.steps, initial=done, desc=f"epoch {epoch + 1}", leave=False, disable=losses.rank() > 0 or None)
     fetched = began
-    for batch in data.batches(run.images["train"], run.tokens, run.image_of, order, args.batch_size, done, rank(),
-                              losses.world()):
+    for batch in data.batches(run.images["train"], run.tokens, run.image_of, order, args.batch_size, done,
+                              losses.rank(), losses.world()):
         waited += time.time() - fetched
         train_step(run, *batch)
         bar.update()
@@ -559,7 +554,7 @@ def validate(run, speed, waited, left):
         run.best, score = max(run.best, value), f"  val {name} {value:5.2f}{'*' if chosen else ' '}"
     run.history.append(row)
     run.sums = {}
-    if rank() == 0:
+    if losses.rank() == 0:
         if chosen:
             save_best(run, epoch)
         lines = [",".join(row), *(",".join(map(str, old.values())) for old in run.history)]
@@ -596,7 +591,7 @@ def test(run):
     how = f"best epoch {eval.load_checkpoint(out)['epoch']} by val" if "val" in run.pairs else "the last epoch"
     say(run, f"\n{args.dataset} {split}, {len(pairs.images)} pictures, {len(pairs.captions)} captions, {how}, "
              f"{duration(60 * minutes)} min, {memory():.1f} GB\n" + eval.table(rows))
-    if rank() == 0:
+    if losses.rank() == 0:
         save(out / "metrics.json", json.dumps(dict(
             settings=vars(args), split=split, minutes=minutes, memory_gb=memory(), total_parameters=run.total,
             best_val=run.best, rows=rows), indent=1) + "\n")
@@ -618,7 +613,7 @@ def train(args):
     run = prepare(args)
     if saved:
         restore(run, saved)
-    if rank() == 0:
+    if losses.rank() == 0:
         take_folder(args)
     say(run, f"data    {args.dataset}: " + ", ".join(f"{len(p.images)} {split}" for split, p in run.pairs.items())
         + f" pictures; {len(run.tokens)} train captions" + "".join(f"\n        {note}" for note in run.notes))
@@ -653,7 +648,7 @@ def make_toy_clip(args):
     if args.dataset == "toy-people":
         out, flags = "runs/toy-people-clip", ["--dataset", "toy-portraits", "--image-size", "96", "48"]
     if not (Path(out) / "metrics.json").exists():
-        if rank() == 0:
+        if losses.rank() == 0:
             print(f"pre-training a tiny CLIP on drawn pictures, once: {out}")
         train(parse([*flags, "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive",
                      "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64", "--out", out,
