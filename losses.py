@@ -1,5 +1,5 @@
-"""The losses: HMMC (first paper), contrastive (CLIP), SDM and ID (second paper). Pure functions on features.
-At the end, how they see the whole of a batch that is spread over processes, or too large for one forward.
+"""The losses: contrastive (CLIP), HMMC (first paper), SDM and ID (second paper). Pure functions on features.
+At the end, what a loss of the whole batch needs where that is spread over processes or too large for one forward.
 
 Rows are pairs: row i of the image features belongs to row i of the text features. Nothing here needs more than
 torch, and each function can be copied alone with the few lines of helpers above it. Half-precision features are
@@ -17,6 +17,27 @@ def cosine(x, y):
     x, y = (z if z.dtype == torch.float64 else z.float() for z in (x, y))
     with torch.autocast(x.device.type, enabled=False):      # a bf16 product would round away small margins
         return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
+
+
+def summed(parts):
+    """The sum of the parts, and the parts detached."""
+    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+
+
+# ---------------------------------------------------------------- CLIP, arXiv 2103.00020
+
+def contrastive_loss(image, text, scale, same=None):
+    """Softmax over the batch in both directions, C = 1/2 [CE(scale s, i) + CE(scale s^T, i)], a mean over B.
+
+    scale: 1 / temperature, a number or tensor, clamped at 100 as CLIP does. ln B at equal similarities.
+    same (B, B) bool, optional: off-diagonal pairs left out of the softmax.
+    """
+    logits = torch.as_tensor(scale).clamp(max=100) * cosine(image, text)
+    target = torch.arange(len(logits), device=logits.device)
+    if same is not None:
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(same & ~own, float("-inf"))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 # ---------------------------------------------------------------- PE-RSITR, arXiv 2308.12509
@@ -41,9 +62,9 @@ def hmmc_loss(image, text, image2, text2, margin=0.2, same=None):
 
     image, text (B, D): features V, T. image2, text2 (B, D): V', T', the same pairs encoded a second time with
     dropout on the tokens. margin is in cosine units. The loss is a SUM over the batch: 6 B margin when all
-    similarities are equal, 0 when every pair beats every wrong one by the margin.
+    similarities are equal (B > 1), 0 when every pair beats every wrong one by the margin.
     same (B, B) bool, optional: pairs that share their image or their caption text and so are no negatives.
-    differs from PE-RSITR: it has no such mask; without `same` this is its loss.
+    differs from PE-RSITR: the mask is ours; without `same` this is its loss.
     parts: the three detached terms "image-text", "image-image", "text-text", as in the sum.
     """
     return summed({"image-text": hardest_hinge(image, text, margin, same),
@@ -63,34 +84,14 @@ def hmmc_softmax_loss(image, text, image2, text2, scale, same=None, weights=(1.0
                    "text-text": weights[2] * contrastive_loss(text, text2, scale, same)})
 
 
-def summed(parts):
-    """The sum of the parts, and the parts detached."""
-    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
-
-
-# ---------------------------------------------------------------- CLIP, arXiv 2103.00020
-
-def contrastive_loss(image, text, scale, same=None):
-    """Softmax over the batch in both directions, C = 1/2 [CE(scale s, i) + CE(scale s^T, i)], a mean over B.
-
-    scale: 1 / temperature, a number or tensor, clamped at 100 as CLIP does. ln B at equal similarities.
-    same (B, B) bool, optional: off-diagonal pairs left out of the softmax.
-    """
-    logits = torch.as_tensor(scale).clamp(max=100) * cosine(image, text)
-    target = torch.arange(len(logits), device=logits.device)
-    if same is not None:
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(same & ~own, float("-inf"))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 # ---------------------------------------------------------------- person re-identification, arXiv 2401.02173
 
 def sdm_loss(image, text, person_ids, scale):
     """Similarity distribution matching (IRRA, arXiv 2303.12501): KL(p || q), both directions, a mean over B each.
 
     p_ij = softmax_j(scale s_ij); q_ij = [same person] / how many of the batch are that person.
-    person_ids (B,) int. L = 1/B sum_ij p_ij log(p_ij / (q_ij + 1e-8)), rows are images plus rows are texts.
+    person_ids (B,) int. L = 1/B sum_ij p_ij log(p_ij / (q_ij + 1e-8)), with images as rows plus with texts as rows.
+    scale is not clamped.
     """
     logits = torch.as_tensor(scale) * cosine(image, text)
     same = (person_ids[:, None] == person_ids[None, :]).to(logits.dtype)
@@ -124,25 +125,26 @@ def rank():
 
 
 def gather(x):
-    """Rows of this process (B, ...) -> rows of all (world B, ...), with gradients.
+    """Rows of this process (B, ...), as many in each -> rows of all (world B, ...), with gradients.
 
     Each process computes the loss of the whole batch, but has the graph of its own rows only. The gradients of the
     parameters are averaged over processes afterwards, so those through the rows count `world` times.
     """
     if world() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.detach().contiguous())
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(parts, own)
     if x.requires_grad:
-        x.register_hook(lambda grad: grad * world())
-        parts[rank()] = x
+        parts[rank()] = x.view_as(x)    # a view: the hook is on this use of x alone
+        parts[rank()].register_hook(lambda grad: grad * world())
     return torch.cat(parts)
 
 
 def average_gradients(parameters):
     """The mean of each gradient over the processes, left in place."""
-    for parameter in parameters if world() > 1 else ():
-        if parameter.grad is not None:
+    for parameter in parameters:
+        if world() > 1 and parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world()
 
@@ -159,17 +161,14 @@ def backward(encode_piece, loss_of, pieces, seed_piece):
         loss.backward()
         return loss.detach(), parts
     features = []
-    with torch.no_grad():
-        for n, piece in enumerate(pieces):
-            seed_piece(n)
-            features.append(encode_piece(piece))
-    features = [torch.cat(rows).requires_grad_() for rows in zip(*features)]
-    loss, parts = loss_of(features)
-    loss.backward()
-    start = 0
     for n, piece in enumerate(pieces):
         seed_piece(n)
-        again = encode_piece(piece)
-        rows = slice(start, start := start + len(again[0]))
-        torch.autograd.backward(again, [whole.grad[rows] for whole in features])
+        with torch.no_grad():
+            features.append([x.requires_grad_() for x in encode_piece(piece)])
+    loss, parts = loss_of([torch.cat(rows) for rows in zip(*features)])
+    loss.backward()
+    for n, piece in enumerate(pieces):
+        seed_piece(n)
+        learned = [(x, known.grad) for x, known in zip(encode_piece(piece), features[n]) if x.requires_grad]
+        torch.autograd.backward(*zip(*learned))     # what a frozen tower gave has no graph
     return loss.detach(), parts

@@ -140,3 +140,21 @@ def test_half_precision_features_are_compared_in_float32():
         loss = losses.hmmc_loss(v, t, v, t)[0]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(losses.hmmc_loss(v.double(), t.double(), v.double(), t.double())[0].item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------- several processes, of which this is one
+
+def test_a_gathered_row_counts_for_its_process_and_elsewhere_as_it_is(monkeypatch):
+    def all_gather(parts, x):
+        assert all(part.is_contiguous() for part in (*parts, x))
+        for part in parts:
+            part.copy_(x)
+    monkeypatch.setattr(losses, "world", lambda: 3)
+    monkeypatch.setattr(losses, "rank", lambda: 1)
+    monkeypatch.setattr(losses.dist, "all_gather", all_gather)
+    x = torch.randn(4, 2).T.requires_grad_()            # not contiguous
+    whole = losses.gather(x)
+    assert whole.shape == (6, 4) and torch.equal(whole[2:4], x)
+    (2 * whole + losses.gather(x)).sum().backward()
+    x.sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 4), 3.0 * (2 + 1) + 1))
