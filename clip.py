@@ -58,8 +58,9 @@ class CLIPConfig:
         return height // self.patch_size, width // self.patch_size
 
 
-class ScaledSiLU(torch.autograd.Function):
-    """silu(1.702 x) / 1.702. The two factors cancel in the gradient, which autograd does not see: this is faster."""
+class QuickGELU(torch.autograd.Function):
+    """x * sigmoid(1.702 x), OpenAI's: not interchangeable with GELU on trained weights. Written as
+    silu(1.702 x) / 1.702, whose two factors cancel in the gradient, which autograd would not see."""
 
     @staticmethod
     def forward(ctx, x):
@@ -68,15 +69,9 @@ class ScaledSiLU(torch.autograd.Function):
         return F.silu(y).div_(1.702)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x): OpenAI's approximation, and not interchangeable with GELU on trained weights."""
-
-    def forward(self, x):
-        return ScaledSiLU.apply(x)
 
 
 class Attention(nn.Module):
@@ -118,7 +113,7 @@ class MLP(nn.Module):
     def __init__(self, width, activation):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.act = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.act = QuickGELU.apply if activation == "quick_gelu" else nn.GELU()
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):
@@ -146,7 +141,7 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, causal, activation):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
-        for block in self.resblocks:    # differs from OpenAI: both towers get the init it writes out for text
+        for block in self.resblocks:    # differs from OpenAI: as its text tower, in both towers; all biases 0
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -182,7 +177,7 @@ class VisionTower(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, 1 + patches, C)
         return self.ln_pre(x)
 
-    def pool(self, x, images=None):
+    def pool(self, x, images=None):     # images: not used, both towers' pool is called alike
         return self.ln_post(x[:, 0]) @ self.proj                              # the class token, (B, D)
 
     def forward(self, images):
@@ -210,11 +205,10 @@ class TextTower(nn.Module):
         return torch.where(found.any(dim=1), found.int().argmax(dim=1), tokens.shape[1])
 
     def embed(self, tokens):
-        longest = int(self.end(tokens).max()) + 1
+        longest = int(self.end(tokens).max()) + 1   # to cut there is exact, as attention is causal
         if longest > tokens.shape[1]:
             raise ValueError(f"a text has no EOT, id {self.eot}: use the tokenizer that goes with this model")
-        tokens = tokens[:, :longest]                                          # exact: attention is causal
-        return self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (B, L, C)
+        return self.token_embedding(tokens[:, :longest]) + self.positional_embedding[:longest]  # (B, L, C)
 
     def pool(self, x, tokens):
         x = x[torch.arange(len(x), device=x.device), self.end(tokens)]        # (B, C)
@@ -244,7 +238,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text(tokens).float(), dim=-1)
 
     def openai_state_dict(self):
-        """CLIP's own tensors under OpenAI's names: loads into OpenAI's CLIP and open_clip.
+        """CLIP's own tensors under OpenAI's names: for square pictures, loads into OpenAI's CLIP and open_clip.
 
         A method that wraps a part of CLIP holds it as `.inner`; a method's own tensors are left out.
         """
@@ -284,9 +278,9 @@ def preprocess(image, size):
 
 
 def normalize(images):
-    """uint8 images (B, 3, H, W) -> float32 of about mean 0 and variance 1, on the device they are on."""
+    """Levels 0 to 255 (B, 3, H, W), uint8 or float -> float32 of about mean 0 and variance 1, same device."""
     level, mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in ((255.0,), MEAN, STD))
-    return images.float().div_(level).sub_(mean).div_(std)      # in this order the bits equal torchvision's
+    return (images / level).sub_(mean).div_(std)    # in this order the bits equal torchvision's
 
 
 def download(url, sha256):
@@ -306,13 +300,13 @@ def download(url, sha256):
 VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
-# OpenAI's pattern needs the package regex for letters \p{L} and numbers \p{N}. re's \w is letters, \d, _ and
-# NUMBERS, which gives the same classes; U+0345 is skipped as there.
+# OpenAI's pattern needs the package regex for letters \p{L} and numbers \p{N}. In re, \w is \p{L}, \d, _ and
+# NUMBERS, so that both can be written out. U+0345 matches nothing there, nor does it here.
 # differs from OpenAI: letters newer than Python's own Unicode tables are signs here
 NUMBERS = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-WORD = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|"
-ASCII_WORD = re.compile(WORD + r"[a-z]+|[0-9]|[^\sa-z0-9]+")                  # 15 times faster
-WORD = re.compile(WORD + rf"[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]|(?:[^\s\w\u0345]|_)+")
+SPECIAL = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|"
+ASCII_WORD = re.compile(SPECIAL + r"[a-z]+|[0-9]|[^\sa-z0-9]+")                  # 15 times faster
+WORD = re.compile(SPECIAL + rf"[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]|(?:[^\s\w\u0345]|_)+")
 
 # BPE works on bytes written as visible characters: Latin-1's as they are, the other 68 from U+0100 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -330,7 +324,7 @@ DROPS = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *ra
 
 
 def entity(match):
-    """The character of an HTML entity by ftfy's rules: whole names and numbers, and names in capitals."""
+    """What ftfy makes of an HTML entity: names in capitals too, and none of which only a part is a name."""
     text = html.unescape(match[0])
     if text == match[0] == match[0].upper():
         text = html.unescape(match[0].lower()).upper()                        # P&EACUTE;REZ
@@ -338,7 +332,7 @@ def entity(match):
 
 
 def words_of(text):
-    """The words OpenAI's tokenizer sees: of cleaned, lower-case text, runs of letters or signs and digits.
+    """The words OpenAI's tokenizer sees in cleaned, lower-case text: runs of letters, digits, runs of signs.
 
     differs from OpenAI: ftfy also repairs mojibake (UTF-8 that was read as Latin-1); it stays as it is here.
     """
@@ -360,8 +354,8 @@ def words_of(text):
 
 
 def spell(word):
-    """A word as BPE starts from it: a symbol per UTF-8 byte, the last one marked. Each has a space on either
-    side, " a  b  c</w> ", so that all occurrences of a pair are joined, left to right, by one replace."""
+    """A word as BPE starts from it: a symbol per UTF-8 byte, the last marked as the word's end. Each has a space
+    on either side, " a  b  c</w> ", so that one replace joins all occurrences of a pair, left to right."""
     return "".join(f" {BYTES[b]} " for b in word.encode())[:-1] + "</w> "
 
 
@@ -373,19 +367,21 @@ def join(word, pair):
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
 
-    path: None or one of OpenAI's names, for their vocabulary (1.3 MB, fetched once); its file; or a run or
-    checkpoint of ours, which carries its own. merges: instead of a path, a list of "a b" strings, or None.
+    path: None or one of OpenAI's names, for their vocabulary (1.3 MB, fetched once); its .gz file; or a weight
+    file: a run of ours has its own, any other has OpenAI's. merges: instead of a path, a list of "a b" strings.
     """
 
     def __init__(self, path=None, merges=None):
-        file = path if str(path).endswith(".gz") else None
-        if path is not None and path != file and path not in URLS:
+        file = None
+        if str(path).endswith(".gz"):
+            file = path
+        elif path is not None and path not in URLS:
             with loading(path):
                 merges = read_file(path).get("merges")
         self.merges = merges            # None for OpenAI's
         if merges is None:
             merges = gzip.decompress(Path(file or download(*VOCABULARY)).read_bytes()).decode()
-            merges = merges.split("\n")[1:49152 - 256 - 2 + 1]
+            merges = merges.split("\n")[1:49152 - 256 - 2 + 1]      # a header first; more follow than CLIP uses
         merges = [tuple(merge.split()) for merge in merges]
         self.rank = {pair: i for i, pair in enumerate(merges)}
         symbols = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()), *map("".join, merges), SOT, EOT]
@@ -416,8 +412,8 @@ class Tokenizer:
                 words[join(word, best)] = words.pop(word)
         return cls(merges=learned)
 
-    def spelled(self, word):
-        """Ids of a word: the pair that was learned first is joined, until no pair is known."""
+    def ids_of(self, word):
+        """Ids of a word: of its pairs the one learned first is joined, again and again, until none is known."""
         joined, last = spell(word), len(self.rank)
         while True:
             symbols = joined.split()
@@ -437,7 +433,7 @@ class Tokenizer:
             ids = [self.sot]
             for word in words_of(text):
                 if word not in self.known:
-                    self.known[word] = self.spelled(word)
+                    self.known[word] = self.ids_of(word)
                 ids += self.known[word]
             ids = [*ids[:context_length - 1], self.eot]
             row[:len(ids)] = ids
@@ -462,7 +458,7 @@ HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this ord
     "self_attn.out_proj.": "attn.out_proj.", "self_attn.q_proj.": "attn.in_proj_",      # k and v go behind q
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-KNOWN = {   # all that the pickle in a weight file may name, and what it gets
+ALLOWED = {     # all that the pickle in a weight file may name, and what it gets
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, stride, *_:
@@ -488,19 +484,19 @@ def loading(path):
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
 
 
-class Module(dict):
+class Part(dict):
     """A TorchScript module without its code: the tensors in it and in its parts, by their dotted names."""
 
     def __setstate__(self, attributes):
         for name, value in attributes.items():
-            if isinstance(value, Module):
+            if isinstance(value, Part):
                 self.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
             elif callable(value):
                 self[name] = value
 
 
 def read_zip(path):
-    """What torch.save or TorchScript pickled, without running anything: whatever it names besides KNOWN is
+    """What torch.save or TorchScript pickled, without running anything: whatever it names besides ALLOWED is
     refused. Its tensors are functions that read them, so that optimizer states stay in the file."""
     archive = zipfile.ZipFile(path)
     folder = next((name[:-8] for name in archive.namelist() if name.endswith("data.pkl")), None)
@@ -510,11 +506,11 @@ def read_zip(path):
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if module.partition(".")[0] == "__torch__":     # a class that TorchScript compiled
-                return Module
-            if f"{module}.{name}" not in KNOWN:
+                return Part
+            if f"{module}.{name}" not in ALLOWED:
                 raise ValueError(f"it asks for {module}.{name}, which weights do not need, and nothing was "
                                  "run; if you trust where it is from, save its state dict alone")
-            return KNOWN[f"{module}.{name}"]
+            return ALLOWED[f"{module}.{name}"]
 
         def persistent_load(self, storage):
             _, dtype, key, *_ = storage
@@ -538,7 +534,8 @@ def read_safetensors(path):
 
 
 def read_file(name_or_path):
-    """What a weight file holds: a dict of unread tensors, or of settings with that as "state_dict"."""
+    """What a weight file holds: a dict of tensors, most of them functions that read one, or a dict of settings
+    that has it as "state_dict"."""
     path = Path(name_or_path)
     if name_or_path in URLS:
         path = download(URLS[name_or_path], URLS[name_or_path].split("/")[-2])
@@ -598,11 +595,11 @@ def config_of(weights, trained_at, image_size, activation):
         if name not in weights:
             raise ValueError(f"it has no {name}: a CLIP of OpenAI's two transformers is needed, no ResNet, "
                              "no SigLIP and no tower alone")
-    layers = [sum(re.fullmatch(tower + r"\.resblocks\.\d+\.ln_1\.bias", name) is not None for name in weights)
-              for tower in (r"visual\.transformer", "transformer")]
+    layers = [sum(name.startswith(f"{tower}.resblocks.") and name.endswith(".ln_1.bias") for name in weights)
+              for tower in ("visual.transformer", "transformer")]
     width, patch = weights["visual.conv1.weight"].shape[::3]
     vocab_size, text_width = weights["token_embedding.weight"].shape
-    if width > 1024 or width % 64 or text_width % 64:
+    if width > 1024 or width % 64 or text_width % 64:   # ViT-H is 1280 wide, its heads are 80
         raise ValueError(f"its towers are {width} and {text_width} wide: heads that are not 64 wide, as in "
                          "ViT-H and larger, are not known here")
     patches = len(weights["visual.positional_embedding"]) - 1

@@ -89,15 +89,15 @@ def test_block_is_torch_pre_norm_encoder_layer():
 
 
 def test_quick_gelu_at_one():
-    assert clip.QuickGELU()(torch.tensor(1.0)).item() == pytest.approx(1 / (1 + np.exp(-1.702)))
+    assert clip.QuickGELU.apply(torch.tensor(1.0)).item() == pytest.approx(1 / (1 + np.exp(-1.702)))
 
 
 def test_quick_gelu_and_its_gradient_are_those_of_the_formula():
     x = torch.linspace(-30, 30, 601, dtype=torch.float64, requires_grad=True)
     plain = x * torch.sigmoid(1.702 * x)
     weight = torch.linspace(-1, 2, 601, dtype=torch.float64)
-    assert torch.allclose(clip.QuickGELU()(x), plain, rtol=0, atol=1e-14)
-    ours, = torch.autograd.grad(clip.QuickGELU()(x), x, weight)
+    assert torch.allclose(clip.QuickGELU.apply(x), plain, rtol=0, atol=1e-14)
+    ours, = torch.autograd.grad(clip.QuickGELU.apply(x), x, weight)
     expected, = torch.autograd.grad(plain, x, weight)
     assert torch.allclose(ours, expected, rtol=0, atol=1e-14)
 
@@ -272,6 +272,11 @@ def test_normalize_is_divide_subtract_divide_in_float32():
         for level in range(256):
             value = (np.float32(level) / np.float32(255) - np.float32(mean)) / np.float32(std)
             assert ours[1, channel, level // 16, level % 16].item() == value.item()
+
+
+def test_normalize_leaves_its_argument_as_it_is():
+    levels = torch.full((1, 3, 2, 2), 100.0)
+    assert clip.normalize(levels).max() < 3 and (levels == 100).all()
 
 
 # ---------------------------------------------------------------------------------------------- words
