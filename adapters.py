@@ -59,7 +59,7 @@ def add_method(model, name, **sizes):
     """
     if name not in METHODS:
         raise ValueError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
-    if hasattr(model, "method_parameters"):
+    if getattr(model, "method_parameters", None):
         raise ValueError(f"cannot add {name!r}: this model already has a method; start from a fresh CLIP")
     install, defaults = METHODS[name]
     sizes = {key: value for key, value in sizes.items() if value is not None}
@@ -90,7 +90,7 @@ def load_trainable(model, state):
 
     Missing, unknown or misshapen keys raise ValueError with the first 8 names; nothing is loaded then.
     """
-    own = {key: model.get_parameter(key) for key in getattr(model, "method_parameters", [])}
+    own = trainable_state(model)
     wrong = [f"missing {key}" for key in own if key not in state]
     wrong += [f"unknown {key}" for key in state if key not in own]
     wrong += [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
@@ -98,14 +98,14 @@ def load_trainable(model, state):
     if wrong:
         raise ValueError(f"weights of another method or size, {len(wrong)} misfits: {'; '.join(wrong[:8])}")
     with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(state[key])
+        for key in own:
+            model.get_parameter(key).copy_(state[key])
 
 
 # ---------------------------------------------------------------------------- MRS-Adapter (arXiv 2308.12509)
 
 def zero_start(downs, ups):
-    """A bottleneck that adds nothing at first: down Kaiming-uniform(a = sqrt 5), up and all biases zero."""
+    """A bottleneck that adds nothing at first: down as Linear's own init, up and all biases zero."""
     for down in downs:
         nn.init.kaiming_uniform_(down.weight, a=5 ** 0.5)
         nn.init.zeros_(down.bias)
@@ -139,7 +139,7 @@ class MRSAdapter(nn.Module):
 
 
 class MRSBlock(nn.Module):
-    """The adapter beside the MLP. It reads the stream before ln_2, and the one adapter serves every block."""
+    """An adapter beside the MLP, reading the stream before ln_2: of MRS-Adapters one serves every block."""
     places = 1
 
     def __init__(self, block, side, adapter):
@@ -171,22 +171,21 @@ def add_adapter(wrapper, adapter, model, shared, **sizes):
 # ------------------------------------------------------------------------------------------------- prompts
 
 def with_prompts(inner, x, prompts):
-    """Run `inner` on x with m prompts behind its first token (class token or SOT), and take them out after.
+    """Run `inner` on x with m prompts behind x's first token (class token or SOT), and take them out after.
 
     Outside nothing moves: EOT stays where the tower looks for it, and the image tokens keep their grid. The
     text is causal, so the words see the prompts and SOT does not.
     """
-    m = len(prompts)
-    prompts = prompts.to(x.dtype).expand(len(x), -1, -1)
-    x = inner(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))                # (B, L + m, C)
-    return torch.cat([x[:, :1], x[:, 1 + m:]], dim=1)                         # (B, L, C)
+    tokens = prompts.to(x.dtype).expand(len(x), -1, -1)                       # (B, m, C)
+    x = inner(torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1))                 # (B, L + m, C)
+    return torch.cat([x[:, :1], x[:, 1 + len(prompts):]], dim=1)              # (B, L, C)
 
 
 class Prompted(nn.Module):
-    """m learned tokens in front of a module, N(0, 0.02) at first, without positional embedding.
+    """m learned tokens that join what a module reads and leave what it returns, N(0, 0.02) at first.
 
-    Around each block this is deep prompting: every block gets its own prompts, and what became of the last
-    ones is dropped. Around the whole transformer it is shallow prompting. m = 0 is plain CLIP.
+    Around each block this is deep prompting: every block gets its own prompts, and what became of them is
+    dropped. Around the whole transformer it is shallow prompting. m = 0 is plain CLIP.
     """
 
     def __init__(self, inner, m, width):
@@ -204,8 +203,8 @@ def deep_prompts(sides, model, prompt_length, prompt_depth):
     CLIP; stage 2 fixes them and fine-tunes CLIP. ViT-B, m = 4: 12 x 4 x (768 + 512) = 61 440.
     Text only: CoOp (Zhou et al., arXiv 2109.01134). ViT-B/32, m = 16: 12 x 16 x 512 = 98 304.
     """
-    # differs from prompt decoupling: position, length, depth, init are our [choice], the paper's are not public
-    # differs from CoOp: deep (the count of arXiv 2308.12509), not at the input only, before the positions
+    # differs from prompt decoupling: position, length, depth, init are ours [choice], its own are not public
+    # differs from CoOp: prompts in every block (the count of arXiv 2308.12509) and without positions
     stacks = [blocks(model, side) for side in sides]
     deepest = max(len(stack) for stack, _ in stacks)
     if prompt_depth is not None and prompt_depth > deepest:
@@ -253,7 +252,7 @@ class CoupledPrompted(nn.Module):
 def add_maple(model, prompt_length, prompt_depth):
     """MaPLe (Khattak et al., arXiv 2210.03117): text prompts in the first 9 blocks, image prompts from them.
 
-    P_image = Linear(P_text), one a depth. ViT-B/32, m = 2: 9 x (2 x 512 + 512 x 768 + 768) = 3 555 072.
+    P_image = Linear(P_text), one for each depth. ViT-B/32, m = 2: 9 x (2 x 512 + 512 x 768 + 768) = 3 555 072.
     """
     # differs from MaPLe: prompts are dropped after block 9, there they flow on to the top; the first text
     # prompts are random, there the words "a photo of a"
@@ -267,7 +266,7 @@ def add_maple(model, prompt_length, prompt_depth):
 # ------------------------------------------------- the rest: other adapters, in the block or behind the tower
 
 class SerialBlock(nn.Module):
-    """Adapters in series behind attention and MLP, before the residual sum; their skip is their own."""
+    """Adapters in series behind attention and MLP, before the residual sum; each has its own skip inside."""
     places = 2
 
     def __init__(self, block, side, after_attn, after_mlp):
@@ -281,12 +280,12 @@ class SerialBlock(nn.Module):
 
 
 class Houlsby(nn.Module):
-    """Adapter (Houlsby et al., arXiv 1902.00751), in series: a bottleneck with a skip for each modality.
+    """Adapter (Houlsby et al., arXiv 1902.00751), in series: one bottleneck with a skip for each modality.
 
         y <- y + W_up GELU(W_down y)
     Init: weights N(0, 1e-3), biases 0, so nearly the identity. ViT-B/32, h = 64: 99 136 + 66 112 = 165 248.
     """
-    # differs from Houlsby: one module for both places of all blocks; shared=False gives each its own
+    # differs from Houlsby: one module for both places of all blocks (shared=False: one each); LayerNorms frozen
 
     def __init__(self, widths, bottleneck):
         super().__init__()
@@ -494,7 +493,7 @@ def merge_lora(model):
         weight[:C] += lora.B_q @ lora.A_q
         weight[2 * C:] += lora.B_v @ lora.A_v
         replace(model, path, lora.inner)
-    del model.method_parameters     # a plain CLIP again, which may take another method
+    model.method_parameters = []    # a plain CLIP again, which may take another method
 
 
 class IA3Block(nn.Module):
@@ -532,7 +531,7 @@ class ScaleShift(nn.Module):
 
 
 class SSFBlock(nn.Module):
-    """SSF (Lian et al., arXiv 2210.08823): gamma x + beta behind every operation with weights.
+    """SSF (Lian et al., arXiv 2210.08823): gamma x + beta behind the six operations with weights of a block.
 
     Outside the blocks: patch embedding and the towers' last LayerNorms. Nearly the identity at init.
     ViT-B/32: 12 x 22 x (768 + 512) + 2 x 768 + 2 x 768 + 2 x 512 = 342 016.
