@@ -15,8 +15,8 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
+import tempfile
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,23 +62,23 @@ def read_lines(path):
 
 
 def picture_path(folder, name, source):
-    """Path of a picture from a list; ValueError if its name leads out of the folder by '..'."""
-    if os.path.normpath(name).split(os.sep)[0] == "..":
-        raise ValueError(f"{source}: the picture {name} lies outside {folder}")
+    """Path of a picture from a list; ValueError if it has no name, or one that leads out of the folder by '..'."""
+    if os.path.normpath(name).split(os.sep)[0] in (".", ".."):
+        raise ValueError(f"{source}: the picture {name!r} is not named, or lies outside {folder}")
     return str(folder / name)           # an absolute name stays as it is
 
 
 def image_folder(root):
-    """The folder of pictures beside the caption files: `images`, the one `*_images`, or the root itself."""
+    """The folder of pictures beside the caption files: `images`, the first `*_images`, or the root itself."""
     found = [p for p in [root / "images", *sorted(root.glob("*_images"))] if p.is_dir()]
     return found[0] if found else root
 
 
-def pair_up(rows):
-    """Rows (path of a picture, caption, where it stands) -> Pairs; equal paths are one picture."""
+def pair_up(rows, person=None):
+    """Rows (path of a picture, caption, where it stands) -> Pairs; equal paths are one picture. person: id by path."""
     place = {path: n for n, path in enumerate(dict.fromkeys(path for path, _, _ in rows))}
     return Pairs(list(place), [caption.strip() for _, caption, _ in rows], [place[path] for path, _, _ in rows],
-                 sources=[source for _, _, source in rows])
+                 person and [person[path] for path in place], [source for _, _, source in rows])
 
 
 def read_precomp(root, split, seed=2):
@@ -91,7 +91,8 @@ def read_precomp(root, split, seed=2):
     """
     if split not in ("train", "val", "test"):
         raise ValueError(f"split {split!r} is not one of train, val, test")
-    root, part, per_line = Path(root), *(("test", 1) if split == "test" else ("train", 5))
+    root, part = Path(root), "test" if split == "test" else "train"
+    per_line = 1 if part == "test" else 5
     names_file, captions_file = root / f"{part}_filename.txt", root / f"{part}_caps.txt"
     if (root / "train_caps.txt").exists() and not names_file.exists() and not captions_file.exists():
         raise NoSplit(f"{root} has no {names_file.name} and no {captions_file.name}")
@@ -107,17 +108,16 @@ def read_precomp(root, split, seed=2):
     for n, name in enumerate(names, 1):
         if line_of.setdefault(name, n) < n:
             raise ValueError(f"{names_file}:{n} repeats {name} of line {line_of[name]}")
-    order = list(range(len(names)))
-    random.Random(seed).shuffle(order)
-    cut = int(0.8 * len(order))
-    order = order[:cut] if split == "train" else order[cut:]
-    return pair_up([rows[5 * k + i] for k in order for i in range(5)])
+    fives = [rows[m:m + 5] for m in range(0, len(rows), 5)]
+    random.Random(seed).shuffle(fives)
+    cut = int(0.8 * len(fives))
+    return pair_up([row for five in (fives[:cut] if split == "train" else fives[cut:]) for row in five])
 
 
 def read_entries(path, split, *keys):
     """The entries of one split in a JSON list, or in Karpathy's `images`, as pairs (where it stands, entry).
 
-    Raises FileNotFoundError, ValueError for another layout, or NoSplit.
+    keys: what each entry has, the last one a list. Raises FileNotFoundError, ValueError for another layout, or NoSplit.
     """
     try:
         entries = json.loads("\n".join(read_lines(path)))
@@ -126,6 +126,9 @@ def read_entries(path, split, *keys):
     entries = entries.get("images") if isinstance(entries, dict) else entries
     if not isinstance(entries, list) or not all(isinstance(e, dict) and set(keys) <= set(e) for e in entries):
         raise ValueError(f"{path} is no list of entries that have {', '.join(keys)} each")
+    for n, entry in enumerate(entries):
+        if not isinstance(entry["split"], str) or not isinstance(entry[keys[-1]], list):
+            raise ValueError(f"{path}, entry {n}: its split is to be a text and its {keys[-1]} a list")
     splits = [entry["split"].lower().replace("restval", "train") for entry in entries]      # restval is COCO's
     if split not in splits:
         raise NoSplit(f"{path} has no picture of split {split!r}; there are {dict(Counter(splits))}")
@@ -147,6 +150,8 @@ def read_karpathy_json(path, split, images=None):
     folder, rows = Path(images) if images else image_folder(path.parent), []
     for source, entry in read_entries(path, split, "filename", "split", "sentences"):
         image = picture_path(folder, os.path.join(entry.get("filepath", ""), entry["filename"]), source)
+        if not all(isinstance(sentence, dict) and "raw" in sentence for sentence in entry["sentences"]):
+            raise ValueError(f"{path}, {source}: each of its sentences is to have a 'raw'")
         rows += [(image, sentence["raw"], source) for sentence in entry["sentences"]]
     return pair_up(rows)
 
@@ -161,7 +166,7 @@ def read_reid(root, split, dataset=None):
     """CUHK-PEDES, ICFG-PEDES or RSTPReid, by default told apart by the annotation file in root -> Pairs with ids.
 
     Training ids are mapped to 0..n-1 in sorted order; those of val and test stay as they are. Pictures lie under
-    `imgs/`. ICFG-PEDES has no val split (NoSplit), and its folders train/ and test/ are not the split.
+    `imgs/`. ICFG-PEDES has no val split (NoSplit), and its split is in the JSON: its folders train/ and test/ differ.
     """
     root, sets = Path(root), [dataset] if dataset else list(REID_SETS)
     found = [root / name for key in sets for name in REID_SETS[key][0] if (root / name).is_file()]
@@ -172,10 +177,11 @@ def read_reid(root, split, dataset=None):
     rows, person = [], {}
     for source, entry in read_entries(found[0], split, "id", "split", "captions"):
         image = picture_path(root / "imgs", entry.get("file_path") or entry.get("img_path", ""), source)
+        if not str(entry["id"]).isdecimal():
+            raise ValueError(f"{found[0]}, {source}: the id {entry['id']!r} is no number")
         person[image] = int(entry["id"])
         rows += [(image, caption, source) for caption in entry["captions"]]
-    pairs = pair_up(rows)
-    pairs.ids = [person[image] for image in pairs.images]
+    pairs = pair_up(rows, person)
     if split == "train":
         label = {old: new for new, old in enumerate(sorted(set(pairs.ids)))}
         pairs.ids = [label[old] for old in pairs.ids]
@@ -185,9 +191,9 @@ def read_reid(root, split, dataset=None):
 def read_folder(root, split):
     """One's own pictures: `captions.tsv` in lines `picture<TAB>caption` or `picture<TAB>caption<TAB>split` -> Pairs.
 
-    A picture, named from root, may stand in several lines; the first tells its split. Pictures without one are sorted,
-    shuffled with random.seed(2) and dealt out: a tenth, at least one, to val and to test each, the others to train.
-    One or two pictures are all train. Raises NoSplit, or ValueError with the line.
+    A picture, named from root, may stand in several lines. Pictures without a split are sorted, shuffled with
+    random.seed(2) and dealt out: a tenth, at least one, to val and to test each, the others to train. One or two
+    pictures are all train. Raises NoSplit, or ValueError with the line.
     """
     file, rows, split_of = Path(root) / "captions.tsv", [], {}
     for n, line in enumerate(read_lines(file), 1):
@@ -195,7 +201,9 @@ def read_folder(root, split):
         if len(fields) not in (1, 2) or fields[1:] not in ([], ["train"], ["val"], ["test"]):
             raise ValueError(f"{file}:{n} is not picture<TAB>caption, with or without <TAB>train, val or test")
         image = picture_path(file.parent, name, f"{file}:{n}")
-        split_of.setdefault(image, fields[1:])
+        if fields[1:] and split_of.setdefault(image, fields[1:]) != fields[1:]:
+            raise ValueError(f"{file}:{n}: {name} has stood in another split, or in none, before")
+        split_of.setdefault(image, [])
         rows.append((image, fields[0], f"{file.name}:{n}"))
     free = sorted(image for image in split_of if not split_of[image])
     random.Random(2).shuffle(free)
@@ -240,16 +248,13 @@ def decode(path, size):
 @contextlib.contextmanager
 def made_whole(path):
     """A draft of a file or folder, which gets its name only when it is whole: a part is never taken for the whole."""
-    path, draft = Path(path), Path(f"{path}.{os.getpid()}.partial")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".partial", f"{path.name}.", path.parent) as folder:
+        draft = Path(folder) / path.name
         yield draft
-        if draft.is_file() or not path.exists():        # a folder may have been made by another process meanwhile
+        if draft.is_file() or not any(path.glob("*")):      # a folder may have been made by another process meanwhile
             os.replace(draft, path)
-    finally:
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        draft.unlink(missing_ok=True)
 
 
 def load_images(paths, size, cache="runs/cache"):
@@ -265,6 +270,7 @@ def load_images(paths, size, cache="runs/cache"):
     if not file.is_file() or file.stat().st_size != math.prod(shape):
         bad = {}
         try:
+            # closing: after Ctrl-C or a full disk, what has not been decoded yet is not
             with (made_whole(file) as draft, open(draft, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool,
                   contextlib.closing(pool.map(decode, paths, [size] * len(paths))) as pictures):
                 pictures = tqdm(pictures, "reading pictures", len(paths), leave=False, disable=None)
@@ -281,13 +287,11 @@ def load_images(paths, size, cache="runs/cache"):
 
 
 def without(pairs, rows):
-    """Pairs without the captions `rows` (indices), and without the pictures that are left with no caption."""
-    rows = sorted(set(range(len(pairs.captions))) - set(rows))
-    images = sorted({pairs.image_of_caption[m] for m in rows})
-    place = {n: k for k, n in enumerate(images)}
-    return Pairs([pairs.images[n] for n in images], [pairs.captions[m] for m in rows],
-                 [place[pairs.image_of_caption[m]] for m in rows], pairs.ids and [pairs.ids[n] for n in images],
-                 pairs.sources and [pairs.sources[m] for m in rows])
+    """Pairs without the captions `rows` (a set of indices), and without the pictures that are left with no caption."""
+    paths = [pairs.images[n] for n in pairs.image_of_caption]
+    found = zip(paths, pairs.captions, pairs.sources or paths)
+    return pair_up([row for m, row in enumerate(found) if m not in rows],
+                   pairs.ids and dict(zip(pairs.images, pairs.ids)))
 
 
 def load(pairs, size, cache="runs/cache", skip_bad=False):
@@ -303,7 +307,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             places = [part.sources[m] if part.sources else f"caption {m}" for m in empty]
             notes.append(f"{split}: {len(empty)} empty captions are left out: {some(places, 5)}")
-            pairs[split] = part = without(part, empty)
+            pairs[split] = part = without(part, set(empty))
         if not part.images:
             raise ValueError(f"the split {split} has no picture that can be used")
         try:
@@ -315,7 +319,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
     if not skip_bad:
         raise ValueError(f"{BadPictures(bad)}; --skip-bad leaves them out with their captions")
     for split, part in pairs.items():
-        pairs[split] = without(part, [m for m, n in enumerate(part.image_of_caption) if part.images[n] in bad])
+        pairs[split] = without(part, {m for m, n in enumerate(part.image_of_caption) if part.images[n] in bad})
     notes.append(f"{len(bad)} bad pictures are left out with their captions: {some(bad.values(), 5)}")
     pairs, images, _ = load(pairs, size, cache)
     return pairs, images, notes
@@ -325,12 +329,12 @@ def erase(images):
     """Half of the pictures (B, 3, H, W) lose a box of 2 to 40 % of their area to CLIP's mean colour."""
     B, _, H, W = images.shape
     area, aspect = 0.02 + 0.38 * torch.rand(B, 1, 1), 0.3 * 11 ** torch.rand(B, 1, 1)       # aspect: height / width
-    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: a box that does not fit is not drawn again
+    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: a box too long is made squarer, not redrawn
     h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)
     box = (y >= top) & (y < top + h) & (x >= left) & (x < left + w) & (torch.rand(B, 1, 1) < 0.5)   # (B, H, W)
-    mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)  # differs from IRRA: 0 once normalised, there the mean again
+    mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)  # differs from IRRA: 0 once normalised, there MEAN itself
     return torch.where(box[:, None].to(images.device), mean.to(images), images)
 
 
@@ -339,7 +343,8 @@ def augment(images, kind):
 
     "none"; "crop": a window of 60 to 100 % of the area; "aerial": that, turned by a multiple of 90 degrees and mirrored
     (the ground has no up); "people": mirrored, moved by up to 10 pixels with black beyond the edge, half of them erased
-    in part. All but that is one affine map a picture: turns, mirrors and whole-pixel shifts are exact, crops bilinear.
+    in part. All but erasing is one affine map a picture: mirrors, whole-pixel shifts and, of squares, turns are exact;
+    crops are bilinear.
     """
     if kind == "none":
         return images
@@ -350,7 +355,7 @@ def augment(images, kind):
         zoom = (0.6 + 0.4 * torch.rand(B)).sqrt()
         shift = shift * (1 - zoom)[:, None]
     if kind == "people":
-        shift = (shift * 10.5).trunc() * 2 / torch.tensor([W, H])   # the coordinates run from -1 to 1
+        shift = (shift * 10.5).round() * 2 / torch.tensor([W, H])   # the coordinates run from -1 to 1
     if kind in ("aerial", "people"):
         flip = torch.randint(0, 2, (B,)) * 2.0 - 1
     if kind == "aerial":
@@ -382,16 +387,13 @@ def epoch_order(pairs, over, seed, epoch):
 def batches(images, tokens, image_of_caption, order, batch_size, start=0, rank=0, world=1):
     """Yield (images uint8 (B, 3, H, W), tokens (B, L), captions (B,)) along `order`, from batch number `start` on.
 
-    The next batch is read in a thread while the caller works on this one; the last may be smaller. Process `rank` of
+    The next two are read in a thread while the caller works on this one; the last may be smaller. Process `rank` of
     `world` gets its contiguous part of each batch. All get equally many: what `world` does not divide is dropped.
     """
-    image_of_caption = np.asarray(image_of_caption)
-
-    def share(batch):
-        size = len(batch) // world
-        return batch[rank * size:(rank + 1) * size]
-    chunks = [share(order[i:i + batch_size]) for i in range(start * batch_size, len(order), batch_size)]
-    chunks = [chunk for chunk in chunks if len(chunk)]
+    image_of_caption, chunks = np.asarray(image_of_caption), []
+    for i in range(start * batch_size, len(order) - world + 1, batch_size):
+        size = min(batch_size, len(order) - i) // world
+        chunks.append(order[i + rank * size:i + (rank + 1) * size])
 
     def fetch(chunk):
         rows = torch.from_numpy(chunk)
@@ -407,10 +409,10 @@ def batches(images, tokens, image_of_caption, order, batch_size, start=0, rank=0
 
 # ---------------------------------------------------------------------------------------------- the drawn worlds
 
-# what makes a world harder or easier; a radius is a share of the picture's side, half a slot (0.1) at most
+# what makes a world harder or easier; radii are shares of the picture's side, half a slot (0.1) at most
 TWO_GROUPS, STRIP = 0.6, 0.5  # share of scenes with two groups of objects; with a road, a river or a bridge
 GROUND_RADIUS, AERIAL_RADIUS = (0.09, 0.10), (0.075, 0.095)
-HAZE, LIGHT, NOISE = 0.35, 0.10, 0.03  # the most haze, from above; spreads of the light and of the noise
+HAZE, LIGHT, NOISE = 0.35, 0.10, 0.03  # the most haze; spreads of the light and of the noise
 DUST = (0.5, 0.75)             # haze between people and a surveillance camera
 JITTER = 0.07                  # spread of a paint's brightness around the colour it is called by
 TILT = 0.25                    # spread of the slope, in radians, at which things stand on the ground
@@ -426,13 +428,13 @@ LANDS = {  # colour; from above: depth of its patches, of its grain and of its s
     "grey concrete": ((160, 160, 158), 0.05, 0.05, 0.09, 4),
     "blue water": ((75, 135, 190), 0.09, 0.03, 0.09, 10)}
 STRIPS = {"road": (85, 85, 90), "river": (70, 130, 190), "bridge": (150, 110, 80)}
-# a picture has 5 x 5 slots, an object each; a place is a list of slots (column, row), the first one always
-# taken, lest a lone object at the left be as much at the top left; places that share no slot go together
+# a picture is a grid of 5 x 5 slots with one object at most in each; a place is its slots (column, row), the first
+# always taken, lest "left" be "top left" as well; two groups have places that share no slot
 PLACES = {name: [(int(column), int(row)) for column in columns for row in rows] for name, columns, rows in (
     ("left", "01", "213"), ("right", "43", "213"), ("top", "213", "01"), ("bottom", "213", "43"),
     ("middle", "2", "213"), ("top left", "01", "01"), ("top right", "43", "01"), ("bottom left", "01", "43"),
     ("bottom right", "43", "43"))}
-# noun: what it does, the length of its shadow, its colours, its shape from the side, its shape from above
+# noun: what it does, the length of its shadow in radii, its colours, its shape from the side, its shape from above
 # a shape is parts in turn, 'paint x y x y ...' in tenths of its radius, x to the right, y down: two points
 # are a box, more a polygon, 'oval' has its middle and its half axes; body is the object's own paint
 OBJECTS = {
@@ -463,7 +465,7 @@ OBJECTS = {
     "ship": (" floating", 0.25, "red black grey green orange brown",
         "white -8 -4 -4 1, black -7 -7 -5 -4, orange -3 -2 1 1, white 2 -2 5 1, body -10 1 10 0 8 5 -9 5",
         "body -10 -2 6 -3 10 0 6 3 -10 2, white -9 -2 -6 2, orange -4 -2 -1 2, white 0 -2 4 2")}
-# forms of captions, one or two groups to a scene; 'few' is a number and a noun, 'all' the colour too
+# forms of captions for one or two groups; few: "two boats", all: "two red boats", do: "are floating"; 2: of the second
 ONE = ("{all} {do} {at} of the {land}", "{at} of the {land} there {be} {all}", "a picture of {all} {at}",
        "there {be} {all} on the {land}", "the {land} has {few} {at}", "{few} {do} {at} of the picture")
 TWO = ("{all} {be} {at} and {all2} {at2}", "{few} {do} {beside} {all2}", "the {land} has {few} and {few2}",
@@ -532,13 +534,11 @@ def describe(rng, land, strip, groups):
     """Five captions of a scene, each of another form: some tell colours, some places, some the land."""
     words = {"land": land, "strip": strip and strip[0]}
     for i, group in zip(("", "2"), groups):
-        one, number = group.count == 1, NUMBERS[group.count]
-        noun = group.noun if one else group.noun + "s"
-        words["few" + i] = f"{number} {noun}"
-        words["all" + i] = f"{number} {group.colour} {noun}".replace("a orange", "an orange")
-        words["be" + i] = "is" if one else "are"
-        words["do" + i] = words["be" + i] + OBJECTS[group.noun][0]
-        words["at" + i] = ("in the " if group.place == "middle" else "at the ") + group.place
+        number, be = NUMBERS[group.count], "is" if group.count == 1 else "are"
+        noun = group.noun if group.count == 1 else group.noun + "s"
+        words |= {f"few{i}": f"{number} {noun}", f"be{i}": be, f"do{i}": be + OBJECTS[group.noun][0],
+                  f"all{i}": f"{number} {group.colour} {noun}".replace("a orange", "an orange"),
+                  f"at{i}": ("in the " if group.place == "middle" else "at the ") + group.place}
     dx, dy = groups[-1].spots.mean(axis=0)[:2] - groups[0].spots.mean(axis=0)[:2]
     words["beside"] = (("below" if dy < 0 else "above") if abs(dy) > abs(dx) else
                        f"to the {'right' if dx < 0 else 'left'} of")
@@ -555,8 +555,9 @@ def draw_strip(draw, side, kind, x, y, turn):
     draw.line(line, fill=STRIPS[kind], width=side // 11)
     if kind == "bridge":  # its deck
         draw.line(line, fill=(235, 230, 225), width=side // 30)
-    for i in range(0, 60 if kind == "road" else 0, 2):  # its dashes
-        draw.line(line[i:i + 2], fill=(235, 230, 225), width=side // 60)
+    if kind == "road":  # its dashes
+        for i in range(0, 60, 2):
+            draw.line(line[i:i + 2], fill=(235, 230, 225), width=side // 60)
 
 
 def photograph(rng, image, haze):
@@ -642,7 +643,7 @@ def random_person(rng):
 
 
 def describe_person(rng, person):
-    """One caption: four of six parts in any order, as in the free sentences of CUHK-PEDES."""
+    """One caption: four of six parts in any order, as people describe people."""
     parts = [(WORN[part][0], person[part]) for part in rng.permutation([part for part in WORN if WORN[part][0]])[:4]]
     *most, last = [verb + (" " if words.startswith("no ") or words.endswith(("s", "hair")) else " a ") + words
                    for verb, words in parts]
@@ -684,7 +685,7 @@ def write_world(root, draw, images, test, seed, size=80):
     depends on (seed, i) alone. Give each world its own seed: from one seed, scenes repeat from world to world.
     """
     with made_whole(root) as draft:
-        (draft / "images").mkdir(parents=True, exist_ok=True)
+        (draft / "images").mkdir(parents=True)
         names, captions = {"train": [], "test": []}, {"train": [], "test": []}
         for i in range(images):
             image, five = draw(np.random.default_rng((seed, i)), size)
@@ -700,7 +701,7 @@ def write_world(root, draw, images, test, seed, size=80):
 def write_people(root, people, views, seed, size=(96, 48)):
     """Draw views of people, 70 % of them for train, 10 % val, 20 % test, in RSTPReid's layout."""
     with made_whole(root) as draft:
-        (draft / "imgs").mkdir(parents=True, exist_ok=True)
+        (draft / "imgs").mkdir(parents=True)
         entries = []
         for i in range(people):
             rng = np.random.default_rng((seed, i))
@@ -727,7 +728,7 @@ def read(dataset, root, split):
     """One split of a data set by name -> Pairs. root is its folder; the toy worlds are drawn there on first use."""
     if dataset in WORLDS:
         root = root or f"runs/{dataset}-world"
-        if not Path(root).exists():
+        if not any(Path(root).glob("*")):
             WORLDS[dataset](root)
     if not root:
         raise ValueError(f"--dataset {dataset} needs --data-root, the folder it lies in")
@@ -738,7 +739,7 @@ def read(dataset, root, split):
 
 
 def main():
-    """Print what each split holds, then all that is missing, with exit code 2; to lack a split is no mistake."""
+    """Print what each split holds, then all that is missing, with exit code 2; a missing split is no error."""
     parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is missing.")
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data-root", help="its folder")

@@ -140,17 +140,54 @@ def test_a_name_may_not_lead_out_of_the_folder(tmp_path):
     write_precomp(tmp_path)
     names = (tmp_path / "test_filename.txt").read_text().replace("10.png", "a/../../10.png", 3)
     (tmp_path / "test_filename.txt").write_text(names)
-    with pytest.raises(ValueError, match=r"test_filename.txt:1: the picture a/../../10.png lies outside"):
+    with pytest.raises(ValueError, match=r"test_filename.txt:1: the picture 'a/../../10.png' .*lies outside"):
         data.read_precomp(tmp_path, "test")
 
 
 def test_a_name_in_an_annotation_file_may_not_lead_out_of_the_folder(tmp_path):
     write_reid(tmp_path / "reid_raw.json", [("train", 1, 2), ("train", 1, 2)], path_format="../{}.jpg")
-    with pytest.raises(ValueError, match="reid_raw.json, entry 0: the picture ../0.jpg lies outside .*imgs"):
+    with pytest.raises(ValueError, match="reid_raw.json, entry 0: the picture '../0.jpg' .*lies outside .*imgs"):
         data.read_reid(tmp_path, "train")
     (tmp_path / "captions.tsv").write_text("a.png\tx\n../b.png\tx\n")
-    with pytest.raises(ValueError, match="captions.tsv:2: the picture ../b.png lies outside"):
+    with pytest.raises(ValueError, match="captions.tsv:2: the picture '../b.png' .*lies outside"):
         data.read_folder(tmp_path, "train")
+
+
+def test_a_picture_without_a_name_is_an_error(tmp_path):
+    write_reid(tmp_path / "reid_raw.json", [("train", 1, 2)], key="image")
+    with pytest.raises(ValueError, match="reid_raw.json, entry 0: the picture '' is not named"):
+        data.read_reid(tmp_path, "train")
+    write_precomp(tmp_path / "set")
+    lines = (tmp_path / "set/test_filename.txt").read_text().split("\n")
+    (tmp_path / "set/test_filename.txt").write_text("\n".join(["", *lines[1:]]))
+    with pytest.raises(ValueError, match="test_filename.txt:1: the picture '' is not named"):
+        data.read_precomp(tmp_path / "set", "test")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(split=None), "entry 1: its split is to be a text"), (dict(captions="a man"), "entry 1: .* its captions a list"),
+    (dict(id="p1"), "entry 1: the id 'p1' is no number")])
+def test_an_entry_of_another_kind_is_named(tmp_path, change, words):
+    write_reid(tmp_path / "reid_raw.json", [("train", 1, 2), ("train", 2, 1)])
+    entries = json.loads((tmp_path / "reid_raw.json").read_text())
+    (tmp_path / "reid_raw.json").write_text(json.dumps([entries[0], entries[1] | change]))
+    with pytest.raises(ValueError, match=f"reid_raw.json, .*{words}"):
+        data.read_reid(tmp_path, "train")
+
+
+@pytest.mark.parametrize("sentences", [["a"], [{"tokens": ["a"]}]])
+def test_karpathy_sentences_without_raw_are_named(tmp_path, sentences):
+    entries = [dict(filename="a.jpg", split="train", sentences=sentences)]
+    (tmp_path / "dataset_toy.json").write_text(json.dumps(dict(images=entries)))
+    with pytest.raises(ValueError, match="dataset_toy.json.*, entry 0: each of its sentences is to have a 'raw'"):
+        data.read_karpathy_json(tmp_path, "train")
+
+
+def test_a_picture_in_two_splits_is_an_error(tmp_path):
+    for lines in ("a.png\tone\na.png\ttwo\ttest\n", "a.png\tone\ttrain\na.png\ttwo\ttest\n"):
+        (tmp_path / "captions.tsv").write_text(lines)
+        with pytest.raises(ValueError, match="captions.tsv:2: a.png has stood in another split"):
+            data.read_folder(tmp_path, "train")
 
 
 def test_names_with_spaces_letters_of_any_script_folders_and_absolute_ones(tmp_path):
@@ -706,6 +743,16 @@ def test_people_are_mirrored_or_moved_by_whole_pixels_with_black_beyond(monkeypa
         assert sum(torch.allclose(moved, window, atol=1e-3) for window in windows) >= 1
 
 
+def test_people_are_moved_by_each_number_of_pixels_alike(monkeypatch):
+    monkeypatch.setattr(data, "erase", lambda images: images)
+    torch.manual_seed(0)
+    lines = torch.zeros(6300, 1, 41, 41)
+    lines[..., 20] = 1
+    counts = data.augment(lines, "people")[:, 0, 20].argmax(dim=1).bincount(minlength=41)
+    assert counts[:10].sum() == counts[31:].sum() == 0          # of each of 21 there should be 300, + - 5 sigma
+    assert (counts[10:31] > 215).all() and (counts[10:31] < 385).all()
+
+
 def boxes(filled):
     """(height, width) of the box in each of the masks (B, H, W) that has one; it must be one whole box."""
     for mask in filled[filled.any(dim=(1, 2))]:
@@ -846,13 +893,12 @@ def test_a_world_is_written_whole_or_not_at_all_and_the_same_each_time(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_draft_left_by_a_killed_process_is_no_hindrance(tmp_path):
-    (tmp_path / f"world.{os.getpid()}.partial/images").mkdir(parents=True)
+def test_drafts_leave_nothing_behind_and_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "world").mkdir()
     data.write_world(tmp_path / "world", data.draw_ground, images=2, test=1, seed=3, size=40)
-    assert [path.name for path in tmp_path.iterdir()] == ["world"]
-    (tmp_path / f"people.{os.getpid()}.partial/imgs").mkdir(parents=True)
     data.write_people(tmp_path / "people", people=1, views=1, seed=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["people", "world"]
+    assert len(data.read_precomp(tmp_path / "world", "test").images) == 1
 
 
 def test_a_world_that_another_process_made_meanwhile_is_left_as_it_is(tmp_path):
@@ -867,6 +913,7 @@ def test_a_world_that_another_process_made_meanwhile_is_left_as_it_is(tmp_path):
 def test_a_world_is_drawn_on_first_use_and_then_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.WORLDS, "toy-people", lambda root: data.write_people(root, people=10, views=2, seed=0))
+    Path("runs/toy-people-world").mkdir(parents=True)       # an empty folder is no world
     first = data.read("toy-people", None, "train")
     monkeypatch.setattr(data, "draw_view", lambda *_: pytest.fail("drawn again"))
     assert data.read("toy-people", None, "train") == first
