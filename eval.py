@@ -42,10 +42,7 @@ import data
 
 KS = (1, 5, 10)
 RECALLS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in KS]
-REID = ["R1", "R5", "R10", "mAP", "mINP"]
-COLUMNS = {     # of a table, by the headline figure: name in the metrics -> head of the column
-    "mR": dict(zip([*RECALLS, "mR"], ["i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "mR"])),
-    "R1": dict(zip(REID, REID))}
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
 TABLE_PNG, SHEET_PNG = "runs/table.png", "runs/sheet.png"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")      # of pictures in a gallery
 
@@ -53,9 +50,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")  
 # ---------------------------------------------------------------------------------------------- metrics
 
 class Product:
-    """The similarities of features, queries (Q, D) @ gallery (G, D).T, worked out for the rows asked for: stands for
-    the matrix (Q, G) where that is too large. Equal gallery items score equally to the bit, which one product over
-    all of them does not promise."""
+    """Stands for the similarities queries (Q, D) @ gallery (G, D).T without holding them: rows are worked out as they
+    are asked for. Equal gallery items are multiplied once, so that they tie to the bit."""
 
     def __init__(self, queries, gallery):
         self.queries, self.gallery, self.shape = queries, gallery, (len(queries), len(gallery))
@@ -70,22 +66,23 @@ class Product:
 
 
 def own_items(query_ids, gallery_ids):
-    """Where in the gallery each query's own items, those of its id, are -> (places (Q, P), which of them are real)."""
+    """Where in the gallery the items of each query's id are -> (places (Q, P), padded, and which of them are real)."""
     order = gallery_ids.argsort(stable=True)
     first, end = (torch.searchsorted(gallery_ids[order], query_ids, right=right) for right in (False, True))
     place = first[:, None] + torch.arange(int((end - first).max()))
     return order[place.clamp(max=len(order) - 1)], place < end[:, None]
 
 
-def count_ties(similarity, query_ids, gallery_ids, best_only=False, size=2 ** 22):
+def count_ties(similarity, query_ids, gallery_ids, size=2 ** 22):
     """Where each query's own items, those of its id, stand in the gallery -> (above, tied, own_above, own_tied).
 
     Each is (Q, P) float64, P being the most own items a query has: how many gallery items score strictly more than
     this own item, how many the same (itself included), and how many of these are own ones. The worst own item comes
-    first; a query with fewer than P has zeros in front. best_only: (Q, 1), of the best own item alone, which takes no
-    sorting. Works on about `size` scores of similarity (Q, G) at a time.
+    first, the best last; a query with fewer than P has zeros in front. similarity: (Q, G), a matrix or a Product, of
+    which about `size` scores are in work at a time. ids: (Q,) and (G,).
     Raises ValueError for NaN, shapes that do not fit, or a query without an item of its own.
     """
+    query_ids, gallery_ids = (torch.as_tensor(ids).long().cpu() for ids in (query_ids, gallery_ids))
     if tuple(similarity.shape) != (*query_ids.shape, *gallery_ids.shape) or 0 in similarity.shape:
         raise ValueError(f"similarity {tuple(similarity.shape)} does not fit {tuple(query_ids.shape)} queries and a "
                          f"gallery of {tuple(gallery_ids.shape)}")
@@ -93,20 +90,14 @@ def count_ties(similarity, query_ids, gallery_ids, best_only=False, size=2 ** 22
     if not real.any(dim=1).all():
         lost = int((~real.any(dim=1)).nonzero()[0])
         raise ValueError(f"query {lost} (id {int(query_ids[lost])}) has no match in the gallery")
-    counts = torch.zeros(2, 2, *(place[:, :1] if best_only else place).shape, dtype=torch.float64)
+    counts = torch.zeros(2, 2, *place.shape, dtype=torch.float64)
     for start in range(0, len(query_ids), step := max(1, size // len(gallery_ids))):
         rows = slice(start, start + step)
-        scores = similarity[rows]                                             # (B, G)
+        scores = similarity[rows].contiguous()                                # (B, G)
         if not torch.isfinite(scores.sum()):
             raise ValueError("similarities hold NaN or infinite values: the features are broken, not just bad")
         own = scores.gather(1, place[rows]).masked_fill(~real[rows], -math.inf).sort(dim=1)[0]      # ascending
-        if best_only:
-            best = own[:, -1:]
-            for n, among in enumerate((scores, own)):
-                counts[n, :, rows, 0] = torch.stack([(among > best).sum(dim=1), (among == best).sum(dim=1)])
-            continue
-        ranked = torch.from_numpy(np.sort(scores.numpy()))
-        for n, among in enumerate((ranked, own)):
+        for n, among in enumerate((torch.from_numpy(np.sort(scores.numpy())), own)):
             below, upto = torch.searchsorted(among, own), torch.searchsorted(among, own, right=True)
             counts[n, :, rows] = torch.stack([among.shape[1] - upto, upto - below]) * own.isfinite()
     (above, tied), (own_above, own_tied) = counts
@@ -114,7 +105,7 @@ def count_ties(similarity, query_ids, gallery_ids, best_only=False, size=2 ** 22
 
 
 def places(tied, own_tied):
-    """Yield (i, probability that i of the tied items come before the first own one), i = 0, 1, ...
+    """Yield (i, probability that exactly i of the tied items come before the first own one), i = 0, 1, ...
 
     With p own ones among t in random order it is C(t-1-i, p-1) / C(t, p), and the same for i coming after the last.
     """
@@ -155,11 +146,10 @@ def retrieval_metrics(similarity, image_of_caption):
     and 1 about the first: [[.9, .1, .3], [.2, .3, .4]] -> i2t R@1 100, t2i R@1 66.7 (caption 1 prefers the second).
     Raises ValueError for NaN, shapes that do not fit, or a picture without caption.
     """
-    similarity = as_matrix(similarity)
-    images, captions = torch.arange(similarity.shape[0]), torch.as_tensor(image_of_caption)
-    recalls = []
+    similarity, captions = as_matrix(similarity), image_of_caption
+    images, recalls = range(similarity.shape[0]), []
     for way in ((similarity, images, captions), (similarity.T, captions, images)):
-        above, tied, _, own_tied = (count[:, -1] for count in count_ties(*way, best_only=True))
+        above, tied, _, own_tied = (count[:, -1] for count in count_ties(*way))     # of the best own item
         recalls += hit_rates(above, tied, own_tied)
     return {**dict(zip(RECALLS, recalls)), "mR": sum(recalls) / 6}
 
@@ -172,9 +162,9 @@ def reid_metrics(similarity, query_ids, gallery_ids):
     [r_1 <= k], AP the mean of j / r_j (Market-1501), INP is P / r_P (arXiv 2001.04193). No camera filter.
     Raises ValueError for NaN, shapes that do not fit, or a query without an item of its id.
     """
-    counts = count_ties(as_matrix(similarity), torch.as_tensor(query_ids), torch.as_tensor(gallery_ids))
+    counts = count_ties(as_matrix(similarity), query_ids, gallery_ids)
     above, tied, _, own_tied = (count[:, -1] for count in counts)             # of the best own item
-    metrics = dict(zip(REID, hit_rates(above, tied, own_tied)))
+    metrics = dict(zip(("R1", "R5", "R10"), hit_rates(above, tied, own_tied)))
     metrics["mAP"] = 100 * expected_precision(*counts).mean().item()
     P = (counts[1] > 0).sum(dim=1)
     above, tied, _, own_tied = (count.gather(1, count.shape[1] - P[:, None])[:, 0] for count in counts)     # the worst
@@ -219,7 +209,7 @@ def encode_batches(encode, batches, what):
     features, count = None, sum(map(len, batches))
     for rows in tqdm(batches, f"encoding {what}", leave=False, disable=None):
         batch = encode(rows).float().cpu()
-        if features is None:    # made whole at once: small results kept between large freed blocks hold these back
+        if features is None:    # allocated once: small results between large freed blocks fragment the memory
             features = torch.empty(count, batch.shape[1])
         features[rows] = batch
     return features
@@ -294,9 +284,8 @@ def load_run(path, device="cpu"):
     model = clip.load_clip(source, settings["image_size"], activation=settings["activation"])
     if "state_dict" not in checkpoint and fingerprint(model) != checkpoint["fingerprint"]:
         raise ValueError(f"{path} was trained on other weights than those now in {settings['model']}")
-    if checkpoint["trained"]:
-        adapters.add_method(model, settings["method"], **settings["sizes"])
-        adapters.load_trainable(model, checkpoint["trained"])
+    adapters.add_method(model, settings["method"], **settings["sizes"])
+    adapters.load_trainable(model, checkpoint["trained"])
     return model.to(device).eval(), clip.Tokenizer(merges=checkpoint["merges"]), settings
 
 
@@ -311,7 +300,7 @@ PAPER_MR = {
     "convpass": (21.38, 32.55, 52.91), "adaptformer": (28.10, 34.51, 53.69),
     "cross-modal-adapter": (27.96, 38.06, 53.35), "uniadapter": (28.84, 39.23, 54.59),
     "mrs, hmmc": (31.12, 44.47, 55.71)}
-# settings that make no other experiment, or that others imply
+# settings that do not make a run another experiment, or that follow from the others
 INCIDENTAL = ("seed", "out", "init", "resume", "device", "data_root", "sizes", "trained_parameters")
 
 
@@ -326,20 +315,21 @@ def label(settings):
     return f"{what}, {settings['loss']}{', same masked' * settings['mask_same']}"
 
 
-def table(rows, spreads=(), more=()):
+def table(rows, heads=()):
     """Markdown table of results, its columns lined up for a terminal too.
 
-    rows: (label, trained parameters or None, share in percent, metrics). spreads: of the headline figures, None for no
-    spread. more: further columns, lists of strings that start with their head.
+    rows: (label, trained parameters or None, share in percent, metrics) and, if wanted, the spread of the headline
+    figure or None, and a string for each further column; heads: the names of those columns.
     """
-    name, _ = headline(rows[0][3])
-    lines = [["", "trained", "share", *COLUMNS[name].values()]]
-    for (label, trained, share, metrics), spread in itertools.zip_longest(rows, spreads):
+    names = [name.replace("_", " ") if name.endswith("R@1") else name.split("_")[-1] for name in rows[0][3]]
+    lines = [["", "trained", "share", *names, *heads]]
+    for label, trained, share, metrics, *rest in rows:
+        spread, *cells = rest or [None]
         size = ["", ""] if trained is None else [f"{trained:,}".replace(",", " "), f"{share:.2f} %"]
-        figures = {column: f"{metrics[column]:.2f}" for column in COLUMNS[name]}
-        figures[name] += f" ± {spread:.2f}" if spread is not None else ""
-        lines.append([label, *size, *figures.values()])
-    lines = [[*line, *extra] for line, *extra in zip(lines, *more)]
+        figures = {name: f"{value:.2f}" for name, value in metrics.items()}
+        if spread is not None:
+            figures[headline(metrics)[0]] += f" ± {spread:.2f}"
+        lines.append([label, *size, *figures.values(), *cells])
     width = [max(map(len, column)) for column in zip(*lines)]
     lines = [[line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])] for line in lines]
     lines = ["| " + " | ".join(line) + " |" for line in lines]
@@ -374,13 +364,14 @@ def average(runs):
     """
     groups, results = {}, []
     for run in runs:
-        settings = run["settings"] | run["settings"].get("sizes", {})
-        settings = {name: value for name, value in settings.items() if name not in INCIDENTAL}
+        settings = {name: value for name, value in run["settings"].items() if name not in INCIDENTAL}
+        settings["init"] = bool(run["settings"].get("init"))        # from which run may differ from seed to seed
         for row in run["rows"]:
             key = settings if row[1] else {"model": settings["model"]} if row[1] == 0 else {}
-            groups.setdefault((row[0], json.dumps(key, sort_keys=True)), []).append((row, run))
-    for (name, key), members in groups.items():
-        rows, runs = zip(*members)
+            seeds = groups.setdefault((row[0], json.dumps(key, sort_keys=True)), {})
+            seeds[run["settings"]["seed"]] = row, run           # of one seed that was run twice, the last
+    for (name, key), seeds in groups.items():
+        rows, runs = zip(*seeds.values())
         _, trained, share, metrics = rows[0]
         twins = [json.loads(other) for twin, other in groups if twin == name]
         differs = [f"{k} {v}" for k, v in json.loads(key).items() if any(twin.get(k) != v for twin in twins)]
@@ -393,17 +384,18 @@ def average(runs):
 
 def summarize(results, dataset):
     """Markdown table of results of `average`; on the paper's data sets its figures are the last column."""
-    costs = [("", "", "") if not result.trained else
-             (f"{len(result.runs)}", f"{statistics.fmean(run['minutes'] for run in result.runs):.1f}",
-              f"{max(run['memory_gb'] for run in result.runs):.1f}") for result in results]
-    more = [[head, *column] for head, column in zip(("seeds", "minutes", "GB"), zip(*costs))]
-    if dataset in PAPER_DATA:
-        more.append(["published mR, ViT-B/32"])
-        for result in results:
-            known = [mR for name, mR in PAPER_MR.items() if f"{result.label},".startswith(f"{name},")
-                     and "same masked" not in result.label]     # the paper has no mask
-            more[-1].append(f"{known[0][PAPER_DATA.index(dataset)]:.2f}" if known else "")
-    return table([result[:4] for result in results], [result.spread for result in results], more)
+    rows, heads = [], ["seeds", "minutes", "GB"] + ["published mR, ViT-B/32"] * (dataset in PAPER_DATA)
+    for result in results:
+        cells = [""] * len(heads)
+        if result.trained:
+            cells[:3] = (f"{len(result.runs)}", f"{statistics.fmean(run['minutes'] for run in result.runs):.1f}",
+                         f"{max(run['memory_gb'] for run in result.runs):.1f}")
+        known = [mR for name, mR in PAPER_MR.items() if f"{result.label},".startswith(f"{name},")
+                 and "same masked" not in result.label]         # the paper has no mask
+        if known and dataset in PAPER_DATA:
+            cells[3] = f"{known[0][PAPER_DATA.index(dataset)]:.2f}"
+        rows.append([*result[:5], *cells])
+    return table(rows, heads)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -411,9 +403,9 @@ def summarize(results, dataset):
 INK, PALE, RED, BLUE, GREEN = "#333333", "#dddddd", "#c0392b", "#1f5fa8", "#1a7f37"
 
 
-def chart(size, title, bottom, left, right={}):
-    """White canvas with axes, which run from their first tick {position: text} to the last, at twice the size: reduced
-    in the end, lines are smooth. -> (image, draw, font, place); place(x, y) gives the pixel of a position."""
+def chart(size, title, bottom, left, right=None):
+    """White canvas with axes, which run from their first tick {position: text} to the last, at twice the size, to be
+    reduced in the end for smooth lines -> (image, draw, font, place); place(x, y) gives the pixel of a position."""
     W, H, x0, x1, y0, y1 = 2 * size[0], 2 * size[1], min(bottom), max(bottom), min(left), max(left)
     image, font = Image.new("RGB", (W, H), "white"), ImageFont.load_default(26)
     draw = ImageDraw.Draw(image)
@@ -423,7 +415,7 @@ def chart(size, title, bottom, left, right={}):
     for y, text in left.items():
         draw.line([place(x0, y), place(x1, y)], PALE, 2)
         draw.text((118, place(x0, y)[1]), text, INK, font, anchor="rm")
-    for y, text in right.items():
+    for y, text in (right or {}).items():
         draw.text((W - 118, place(x1, y)[1]), text, INK, font, anchor="lm")
     for x, text in bottom.items():
         draw.text((place(x, y0)[0], H - 80), text, INK, font, anchor="mm")
@@ -632,7 +624,11 @@ def parse(argv=None):
     how = parser.add_argument_group("how")
     how.add_argument("--top", type=int, default=10, help="pictures shown (default: %(default)s; with --sheet: 5)")
     how.add_argument("--out", metavar="PNG", help=f"the picture drawn (default: {TABLE_PNG} or {SHEET_PNG})")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    how.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of a weight file that does not say; most of "
+                                                                          "open_clip's: gelu")
+    how.add_argument("--skip-bad", action="store_true", help="test without the pictures that cannot be read")
+    how.add_argument("--device", default="cuda" if "cuda" in DEVICES else "cpu", choices=DEVICES,
+                     help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.table is None):
         parser.error("give one run, or --table with finished runs")
@@ -666,7 +662,9 @@ def show_tables(args):
 def test(args, model, tokenizer, settings):
     """Print the metrics of a model on a split beside chance."""
     dataset, pairs = read_pairs(args, settings)
-    images = data.load_images(pairs.images, model.config.image_size, args.cache)
+    found, images, notes = data.load({args.split: pairs}, model.config.image_size, args.cache, args.skip_bad)
+    pairs, images = found[args.split], images[args.split]
+    print("\n".join(notes), end="\n" * bool(notes))
     start = time.time()
     metrics = evaluate(model, tokenizer, pairs, images, settings["precision"])
     print(f"{dataset} {args.split}: {len(pairs.images)} pictures, {len(pairs.captions)} captions, encoded in "
@@ -688,11 +686,11 @@ def main(argv=None):
         elif not (args.dataset or args.gallery):
             raise ValueError(f"{args.run} is no run of train.py, so --dataset or --gallery must say which pictures")
         else:
-            model, tokenizer = clip.load_clip(args.run, device=args.device), clip.Tokenizer(args.run)
-            settings = {"precision": "fp32"}
+            model = clip.load_clip(args.run, device=args.device, activation=args.activation)
+            tokenizer, settings = clip.Tokenizer(args.run), {"precision": "fp32"}
         command = test if (args.query, args.query_image, args.sheet) == (None, None, None) else search
         command(args, model, tokenizer, settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

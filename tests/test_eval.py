@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,6 +310,17 @@ def test_runs_that_differ_by_seed_are_one_row_with_mean_and_spread(tmp_path):
     rows = summary(*(write_run(tmp_path / str(seed), mR, seed=seed) for seed, mR in enumerate((50.0, 52.0, 57.0))))
     assert [row[""] for row in rows] == ["chance", "zero-shot", "mrs, hmmc"]
     assert (rows[2]["mR"], rows[2]["seeds"]) == ("53.00 ± 3.61", "3")       # of 2 degrees of freedom; 2.94 of 3
+
+
+def test_one_seed_run_twice_counts_once(tmp_path):
+    rows = summary(*(write_run(tmp_path / str(n), mR) for n, mR in enumerate((50.0, 52.0))))
+    assert (rows[2]["mR"], rows[2]["seeds"]) == ("52.00", "1")
+
+
+def test_a_run_from_another_and_one_from_the_start_are_two_experiments(tmp_path):
+    rows = summary(write_run(tmp_path / "a", 40.0, init=None, seed=0), write_run(tmp_path / "b", 50.0, init="x", seed=1),
+                   write_run(tmp_path / "c", 52.0, init="y", seed=2))
+    assert [(row[""], row["seeds"]) for row in rows[2:]] == [("mrs, hmmc, init False", "1"), ("mrs, hmmc, init True", "2")]
 
 
 def test_one_run_has_no_spread(tmp_path):
@@ -703,7 +715,7 @@ def test_each_mistake_is_one_line_and_nothing_is_written(world, gallery, tmp_pat
                          ([run, "--gallery", gallery], "--gallery is searched with"),
                          ([run, "--query", "x", "--top", "0"], "are 1 or more"),
                          ([run, "--sheet", "0"], "are 1 or more"),
-                         (["nothing.pt"], "nothing.pt"),
+                         (["nothing.pt"], "nothing.pt"), ([run, "--device", "tpu"], "invalid choice: 'tpu'"),
                          ([world / "aerial"], "best.pt"),
                          (["--table", world / "aerial"], "no finished run"),
                          ([world / "clip", "--dataset", "ucm"], "--data-root"),
@@ -715,6 +727,35 @@ def test_each_mistake_is_one_line_and_nothing_is_written(world, gallery, tmp_pat
         error = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2 and error.startswith("eval.py: error:") and words in error, (flags, error)
         assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_test_leaves_out_what_training_leaves_out(world, tmp_path, capsys):
+    shutil.copytree(world / "aerial", tmp_path / "aerial")
+    pairs = data.read("precomp", tmp_path / "aerial", "test")
+    Path(pairs.images[0]).write_bytes(b"no picture")
+    lines = (tmp_path / "aerial/test_caps.txt").read_text().split("\n")
+    lines[7] = ""
+    (tmp_path / "aerial/test_caps.txt").write_text("\n".join(lines))
+    flags = [str(world / "mrs"), "--data-root", str(tmp_path / "aerial"), "--cache", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        eval.main(flags)
+    assert f"{pairs.images[0]}: " in capsys.readouterr().err
+    eval.main([*flags, "--skip-bad"])
+    text = capsys.readouterr().out
+    assert "1 empty captions are left out: test_caps.txt:8" in text and "1 bad pictures are left out" in text
+    assert "precomp test: 5 pictures, 24 captions" in text
+
+
+def test_the_activation_of_plain_clip_can_be_said(world, tmp_path, capsys, monkeypatch):
+    torch.save(clip.load_clip(world / "clip").openai_state_dict(), tmp_path / "plain.pt")
+    tokenizer = clip.Tokenizer(world / "clip")
+    monkeypatch.setattr(clip, "Tokenizer", lambda path: tokenizer)
+    used = []
+    monkeypatch.setattr(eval, "evaluate", lambda model, *rest: used.append(model.config.activation) or recalls(*range(7)))
+    for flags in ([], ["--activation", "gelu"]):
+        eval.main([str(tmp_path / "plain.pt"), "--dataset", "precomp", "--data-root", str(world / "aerial"),
+                   "--cache", str(tmp_path), "--device", "cpu", *flags])
+    assert used == ["quick_gelu", "gelu"]
 
 
 def test_plain_clip_needs_a_data_set(world, tmp_path, capsys):
