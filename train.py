@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 8 train.py ...                                        on eight GPUs
 
 A run is a folder: best.pt (best on validation), last.pt (to resume), log.csv, metrics.json, curve.png, log.txt.
-Every random number of a step is drawn from (seed, step), so that a resumed run ends as the unbroken one.
+Every random number of a step is drawn from (seed, step, process), so that a resumed run ends as the unbroken one.
 """
 import argparse
 import dataclasses
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -40,9 +41,8 @@ FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # sizes without weights to load:
 SDM_SCALE = 50.0                                # 1 / temperature of SDM, at most: IRRA's
 SAVE_EVERY = 600                                # seconds between two last.pt within an epoch
 
-# recipes: what the flags default to. PAPER is PE-RSITR's for frozen CLIP; the others are ours. Prompt decoupling does
-# not publish its recipe: REID, its stage 1, is our [choice]; REID_TUNED, its stage 2, is the field's (IRRA)
-PAPER = dict(model="ViT-B/32", epochs=30, batch_size=16, lr=2e-4, schedule="step", warmup=0.0, epoch_over="captions")
+# recipes: what flags default to where PE-RSITR's recipe, the default in FLAGS, is not for the case. They are ours, but
+# prompt decoupling's: its stage 1, REID, is our [choice], as it is not published; stage 2 is the field's (IRRA)
 TOY = dict(model="toy", loss="hmmc-softmax", epochs=15, batch_size=64, lr=5e-3, schedule="cosine", warmup=1.0,
            epoch_over="images")
 TOY_SIZES = dict(bottleneck=128, dropout=0.1)   # few steps and few pictures: wide, and little dropout
@@ -56,8 +56,6 @@ TOY_PEOPLE_TUNED = dict(loss="sdm+id", epochs=5, lr=3e-4, warmup=1.0)
 
 
 # ---------------------------------------------------------------------------------------------- 1. settings
-
-DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
 
 FLAGS = {     # group: its flags and what argparse is to know of them; `recipe` replaces the defaults
     "data": dict(
@@ -100,9 +98,9 @@ FLAGS = {     # group: its flags and what argparse is to know of them; `recipe` 
                                                    "and more"),
         chunk=dict(type=int, metavar="PAIRS", help="run a batch through in pieces of this size: same gradient, less "
                                                    "memory, one forward more"),
-        lr=dict(type=float, default=2e-4, help="Adam's; adapters 1e-4 to 2e-3, CLIP itself 1e-6 to 1e-5; "
+        lr=dict(type=float, default=2e-4, help="Adam's; adapters 1e-4 to 1e-2, CLIP itself 1e-6 to 1e-5; "
                                                "a third of it when the loss jumps or turns NaN"),
-        schedule=dict(default="step", choices=("step", "cosine"), help="step: x 0.7 from epoch 19 on; cosine: to 0"),
+        schedule=dict(default="step", choices=("step", "cosine"), help="step: x 0.7 after 19 epochs; cosine: to 0"),
         warmup=dict(type=float, default=0.0, help="epochs of linear warm-up; 1 for training from scratch"),
         weight_decay=dict(type=float, default=0.0, help="decoupled, on matrices only; 0.1 from scratch")),
     "run": dict(
@@ -110,7 +108,8 @@ FLAGS = {     # group: its flags and what argparse is to know of them; `recipe` 
         resume=dict(action="store_true", help="go on with the run in --out"),
         seed=dict(type=int, default=0, help="of everything random"),
         precision=dict(default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"),
-        device=dict(default="cuda" if "cuda" in DEVICES else "cpu", choices=DEVICES, help="what torch sees here"))}
+        device=dict(default="cuda" if "cuda" in eval.DEVICES else "cpu", choices=eval.DEVICES,
+                    help="what torch sees here"))}
 
 
 def make_parser():
@@ -126,17 +125,18 @@ def make_parser():
 
 
 def recipe(first):
-    """Defaults that follow from the data set, the model and what learns."""
+    """Defaults that follow from the data set, the model and what learns; those of FLAGS are PE-RSITR's."""
+    tuned = first.train != "method"         # CLIP itself learns
     if first.dataset in data.REID_SETS:
-        return {**REID, **(REID_TUNED if first.train != "method" else {})}
+        return REID | (REID_TUNED if tuned else {})
     if first.dataset == "toy-people":
-        return {**REID, **TOY_PEOPLE, **(TOY_PEOPLE_TUNED if first.train != "method" else {})}
+        return REID | TOY_PEOPLE | (TOY_PEOPLE_TUNED if tuned else {})
     if first.model in FROM_SCRATCH:
         return SCRATCH
-    if not first.dataset.startswith("toy-"):
-        return {**PAPER, **(dict(lr=1e-5) if first.train != "method" else {})}
-    sizes = {name: value for name, value in TOY_SIZES.items() if name in adapters.METHODS[first.method][1]}
-    return {**TOY, **sizes, **(dict(lr=5e-4) if first.train != "method" else {})}
+    if first.dataset.startswith("toy-"):
+        sizes = {name: value for name, value in TOY_SIZES.items() if name in adapters.METHODS[first.method][1]}
+        return TOY | sizes | (dict(lr=5e-4) if tuned else {})
+    return dict(lr=1e-5) if tuned else {}
 
 
 SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")    # of a method
@@ -146,7 +146,7 @@ INHERITED = ("model", "method", "image_size", "activation", *SIZES)             
 def parse(argv):
     """Settings from the command line; the defaults are the recipe's, or for the model those of the run in --init."""
     parser = make_parser()
-    # what the defaults that --help shows depend on is read first
+    # a first pass, as the defaults depend on other flags, also those that --help shows
     first = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
     start = {}
     if first.init:
@@ -154,7 +154,8 @@ def parse(argv):
         start = {name: saved["settings"][name] for name in INHERITED}
         if "state_dict" in saved:           # its CLIP is no longer the one it started from
             start["model"] = first.init
-    parser.set_defaults(**{**recipe(first), **start})
+    defaults = {"warmup": 0.0} | recipe(first) | start
+    parser.set_defaults(**defaults | {"warmup": min(defaults["warmup"], first.epochs)})
     args = parser.parse_args(argv)
     if isinstance(args.image_size, list):
         if len(args.image_size) > 2 or min(args.image_size) < 1:
@@ -169,7 +170,7 @@ def parse(argv):
 
 
 def check(args):
-    """Refuse the settings that no run can be made of, with a line that says what to do."""
+    """Raise ValueError for settings that make no run, with what to do instead."""
     limits = dict(epochs=(1, 10 ** 6), batch_size=(1, 10 ** 6), chunk=(1, 10 ** 6), lr=(0, 1), warmup=(0, args.epochs),
                   weight_decay=(0, 10), margin=(0, 2), dropout=(0, 1), seed=(0, 2 ** 31 - 1))
     for name, (low, high) in limits.items():
@@ -184,18 +185,7 @@ def check(args):
         raise ValueError("--resume needs --out, the folder of the run to go on with")
 
 
-# ---------------------------------------------------------------------------------------------- 2. processes
-
-def start_processes(args):
-    """Join the other processes of torchrun, if there are any; each has a device of its own."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo",
-                                timeout=datetime.timedelta(hours=2))
-
-
-# ---------------------------------------------------------------------------------------------- 3. model
+# ---------------------------------------------------------------------------------------------- 2. model
 
 def fast_bf16(device):
     """Whether bf16 products are in hardware: measured, as no public call of torch tells it on a CPU."""
@@ -234,23 +224,28 @@ def freeze_in_bf16(model):
                     parameter.data = parameter.data.bfloat16()
 
 
-def encode_twice(tower, inputs, dropout=0.2):
-    """Features of a batch and of its second view, in one forward: (B, ...) -> two (B, D), not normalised.
+def encode_views(tower, inputs, views, dropout):
+    """Features of a batch in one forward, for HMMC of two views: (B, ...) -> [(B, D)] * views, not normalised.
 
     The second view (PE-RSITR) is the same tokens with element-wise dropout between the embedding and the first block.
     """
     x = tower.embed(inputs)
-    x = tower.transformer(torch.cat([x, F.dropout(x, dropout)]))              # (2B, L, C)
-    return [tower.head(tower.pool(view, inputs)) for view in x.chunk(2)]
+    if views == 2:
+        x = torch.cat([x, F.dropout(x, dropout)])
+    x = tower.transformer(x)                                                  # (views B, L, C)
+    return [tower.head(tower.pool(view, inputs)) for view in x.chunk(views)]
 
 
-def encode(model, args, images, tokens):
+def encode(model, args, images, tokens, dropout=0.2):
     """What a loss is computed from: features (B, D) of pictures and captions, for HMMC also of their second views."""
+    views = 2 if args.loss.startswith("hmmc") else 1
+    order = tokens.count_nonzero(dim=1).argsort()
     with eval.autocast(model, args.precision):
-        if args.loss.startswith("hmmc"):
-            (image, image2), (text, text2) = encode_twice(model.visual, images), encode_twice(model.text, tokens)
-            return [image.float(), text.float(), image2.float(), text2.float()]
-        return [model.visual(images).float(), model.text(tokens).float()]
+        image = encode_views(model.visual, images, views, dropout)
+        # the shorter captions and the longer ones, each padded to their own longest only
+        halves = [encode_views(model.text, tokens[rows], views, dropout) for rows in order.chunk(2)]
+    text = [torch.cat(view)[order.argsort()] for view in zip(*halves)]
+    return [features.float() for pair in zip(image, text) for features in pair]
 
 
 def compute_loss(args, features, scale, same=None, persons=None, classifier=None):
@@ -273,7 +268,7 @@ def reseed(seed, step, part=0):
     torch.manual_seed(seed * 2 ** 32 + part * 2 ** 24 + step)
 
 
-# ---------------------------------------------------------------------------------------------- 4. optimiser
+# ---------------------------------------------------------------------------------------------- 3. optimiser
 
 def make_optimizer(learned, added, args):
     """AdamW over {name: parameter}; without weight decay, as in PE-RSITR's recipe, that is Adam.
@@ -300,12 +295,12 @@ def learning_rate(args, step, steps_per_epoch):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-# ---------------------------------------------------------------------------------------------- 5. the run's folder
+# ---------------------------------------------------------------------------------------------- 4. the run's folder
 
 def save(path, content):
-    """Write a checkpoint, or a text, so that a whole one is always there: to another name first, then renamed.
+    """Write a checkpoint, or a text, to another name and rename it, so that a whole one is always there.
 
-    Always the same other name, unlike `data.made_whole`: what a killed run left of it is overwritten by the next.
+    The other name is always the same, unlike in `data.made_whole`: what a killed run left is overwritten by the next.
     """
     partial = path.with_suffix(".partial")
     try:
@@ -344,14 +339,6 @@ def take_folder(args):
         raise ValueError(f"another run has just taken {args.out}: give another --out") from None
 
 
-def stop_on_ctrl_c(run):
-    """Let Ctrl-C end the run after the step under way, and a second one at once."""
-    def handler(number, frame):
-        run.stop = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, handler)
-
-
 def memory():
     """Peak memory in GB: of the GPU if there is one in use, else of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -365,7 +352,7 @@ def duration(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# ---------------------------------------------------------------------------------------------- 6. a run
+# ---------------------------------------------------------------------------------------------- 5. a run
 
 def read_splits(args):
     """{split: Pairs} of the data set, without val or test where it has none, and what to say about that."""
@@ -378,45 +365,48 @@ def read_splits(args):
     if len(pairs) == 1:
         raise ValueError(f"{args.dataset} in {args.data_root} has neither val nor test to measure anything on")
     if args.loss.startswith("sdm") and pairs["train"].ids is None:
-        raise ValueError(f"--loss {args.loss} needs person ids, which {args.dataset} has not: take contrastive or hmmc")
+        raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none: take contrastive or hmmc")
     return pairs, notes
 
 
 def load(run):
-    """Read the data, the model with its method, and the pictures; process 0 first: what is made once is then there."""
+    """Read the data, the model with its method, and the pictures.
+
+    Process 0 goes first while the others wait, so that what is downloaded, drawn or cached is made once.
+    """
     args = run.args
     if losses.rank() > 0:
         dist.barrier()
     pairs, run.notes = read_splits(args)
+    model, run.tokenizer = build(args, pairs["train"].captions)
+    run.fingerprint = eval.fingerprint(model)                                 # of CLIP without the method
     if args.init:
-        run.model, run.tokenizer, _ = eval.load_run(args.init, args.device)
+        model, run.tokenizer, _ = eval.load_run(args.init, args.device)
     else:
-        run.model, run.tokenizer = build(args, pairs["train"].captions)
-    model = run.model
+        run.touched = adapters.add_method(model, args.method, **args.sizes)
+    run.model = model
     args.image_size, args.activation = model.config.image_size, model.config.activation
     size, patch, grid = args.image_size, model.config.patch_size, model.config.grid
     if size not in (patch * grid[0], (patch * grid[0], patch * grid[1])):
         raise ValueError(f"--image-size {size}: the sides are to be multiples of this CLIP's patches, {patch} pixels")
-    run.fingerprint = eval.fingerprint(model)
-    run.touched = [] if args.init else adapters.add_method(model, args.method, **args.sizes)
     run.pairs, run.images, notes = data.load(pairs, args.image_size, Path(args.out).parent / "cache", args.skip_bad)
     if losses.rank() == 0 and losses.world() > 1:
         dist.barrier()
     run.notes += notes
     part = run.pairs["train"]
     run.tokens = run.tokenizer(part.captions, model.config.context_length)
-    numbers = {text: n for n, text in enumerate(dict.fromkeys(part.captions))}
-    run.text_of = torch.tensor([numbers[text] for text in part.captions])
+    run.text_of = run.tokens.unique(dim=0, return_inverse=True)[1]            # equal captions share a number
     run.image_of = torch.tensor(part.image_of_caption)
     run.person_of = torch.tensor(part.ids)[run.image_of] if part.ids else run.image_of
 
 
 def prepare(args):
-    """Data, model and optimiser of a run, in a namespace; all mistakes show here, before anything is written."""
-    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, best=-1.0, stop=False,
-                             classifier=None, kept=time.time())
+    """Data, model and optimiser of a run, in a namespace; all mistakes show here, before its folder is made."""
+    run = argparse.Namespace(args=args, began=time.time(), step=0, history=[], sums={}, stop=False, classifier=None,
+                             kept=time.time())
     if args.precision == "auto":
-        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
+        fast = losses.gather(torch.tensor([fast_bf16(args.device)], device=args.device))
+        args.precision = "bf16" if fast.all() else "fp32"
     reseed(args.seed, 0)
     load(run)
     model, part = run.model, run.pairs["train"]
@@ -450,7 +440,7 @@ def keep(run):
         save(Path(run.args.out) / "last.pt",
              dict(settings=vars(run.args), learned={name: p.detach() for name, p in run.learned.items()},
                   optimizer=run.optimizer.state_dict(), step=run.step, history=run.history, sums=run.sums,
-                  best=run.best))
+                  seconds=time.time() - run.began))
 
 
 def restore(run, saved):
@@ -461,11 +451,12 @@ def restore(run, saved):
                              f"{vars(run.args).get(name)}: resume it with its own settings")
     shapes = [{name: p.shape for name, p in learned.items()} for learned in (saved.get("learned", {}), run.learned)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none, or the data has changed since")
+        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none of its, or the data has changed")
     for name, value in saved["learned"].items():
         run.learned[name].data.copy_(value)
     run.optimizer.load_state_dict(saved["optimizer"])
-    run.step, run.history, run.sums, run.best = (saved[name] for name in ("step", "history", "sums", "best"))
+    run.step, run.history, run.sums = (saved[name] for name in ("step", "history", "sums"))
+    run.began -= saved["seconds"]
 
 
 def say(run, text):
@@ -484,14 +475,14 @@ def train_step(run, pixels, tokens, rows):
     reseed(args.seed, run.step, losses.rank())
     pixels = clip.normalize(data.augment(pixels.to(args.device).float(), args.augment))
     tokens, all_rows = tokens.to(args.device), losses.gather(rows)
-    image, text, persons = (of[all_rows].to(args.device) for of in (run.image_of, run.text_of, run.person_of))
-    same = (image[:, None] == image) | (text[:, None] == text) | (persons[:, None] == persons)      # (B, B)
+    text, persons = (of[all_rows].to(args.device) for of in (run.text_of, run.person_of))
+    same = (text[:, None] == text) | (persons[:, None] == persons) if args.mask_same else None      # (B, B)
     model.train()
     size = args.chunk or len(rows)
     loss, parts = losses.backward(
         encode_piece=lambda piece: encode(model, args, *piece),
         loss_of=lambda features: compute_loss(args, [losses.gather(x) for x in features], model.logit_scale.exp(),
-                                              same if args.mask_same else None, persons, run.classifier),
+                                              same, persons, run.classifier),
         pieces=list(zip(pixels.split(size), tokens.split(size))),
         seed_piece=lambda n: reseed(args.seed, run.step, losses.rank() + losses.world() * n))
     losses.average_gradients(run.learned.values())
@@ -501,7 +492,7 @@ def train_step(run, pixels, tokens, rows):
         last = Path(args.out) / "last.pt"
         kept = f"{last} is of the last good state" if last.exists() else "nothing was saved yet"
         raise ValueError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {run.step}, on pictures "
-                         f"{data.some(files, 4)}; {kept}. Two things to try: "
+                         f"{data.some(files, 4)}; {kept}. Two things to try in a new run: "
                          f"a third of --lr {args.lr:g}, --precision fp32")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -513,7 +504,7 @@ def train_step(run, pixels, tokens, rows):
 
 
 def stopped(run):
-    """Whether Ctrl-C was pressed, in any process; all wait here for each other."""
+    """Whether Ctrl-C reached any process; all must call this, as they wait here for each other."""
     return losses.gather(torch.tensor([run.stop], device=run.args.device)).any().item()
 
 
@@ -550,8 +541,8 @@ def validate(run, speed, waited, left):
         metrics = eval.evaluate(run.model, run.tokenizer, run.pairs["val"], run.images["val"], args.precision)
         row |= {f"val_{name}": value for name, value in metrics.items()}
         name, value = eval.headline(metrics)
-        chosen = value > run.best
-        run.best, score = max(run.best, value), f"  val {name} {value:5.2f}{'*' if chosen else ' '}"
+        chosen = all(value > old[f"val_{name}"] for old in run.history)
+        score = f"  val {name} {value:5.2f}{'*' if chosen else ' '}"
     run.history.append(row)
     run.sums = {}
     if losses.rank() == 0:
@@ -571,7 +562,7 @@ def save_best(run, epoch):
     content = dict(settings=vars(args), trained=adapters.trainable_state(model), merges=run.tokenizer.merges,
                    activation=model.config.activation, fingerprint=run.fingerprint, epoch=epoch)
     if args.train != "method":
-        content["state_dict"] = {name: p.detach().cpu().clone() for name, p in model.openai_state_dict().items()}
+        content["state_dict"] = {name: value.cpu() for name, value in model.openai_state_dict().items()}
     save(Path(args.out) / "best.pt", content)
 
 
@@ -594,22 +585,31 @@ def test(run):
     if losses.rank() == 0:
         save(out / "metrics.json", json.dumps(dict(
             settings=vars(args), split=split, minutes=minutes, memory_gb=memory(), total_parameters=run.total,
-            best_val=run.best, rows=rows), indent=1) + "\n")
+            rows=rows), indent=1) + "\n")
         eval.plot_curve(run.history, out / "curve.png")
-    say(run, f"\nwritten: {out}/ best.pt last.pt log.csv metrics.json curve.png; next: python eval.py {out}")
+    say(run, f"\nwritten: {out}/ best.pt last.pt log.csv metrics.json curve.png; next: python eval.py {out}"
+             + " --split val" * (split == "val"))
     return rows
 
 
-def train(args):
-    """One run, from settings to test: returns the rows of its result table and leaves the run's folder behind."""
-    start_processes(args)
+def train(flags):
+    """One run, from its flags to its test: returns the rows of its result table and leaves the run's folder behind."""
+    args = parse(flags)
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():              # started by torchrun
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(hours=2))
     if args.model == "toy":
         args.model = make_toy_clip(args)
-    args.out = str(new_folder(args))
+    given, args.out = args.out, str(new_folder(args))
+    again = [*flags, *([] if given else ["--out", args.out]), *([] if args.resume else ["--resume"])]
     last = Path(args.out) / "last.pt"
     saved = eval.load_checkpoint(last) if args.resume and last.exists() else None
     if saved and args.precision == "auto":
-        args.precision = saved["settings"]["precision"]     # not measured again: it could come out otherwise
+        args.precision = saved["settings"]["precision"]     # a second measurement could come out otherwise
     run = prepare(args)
     if saved:
         restore(run, saved)
@@ -619,12 +619,16 @@ def train(args):
         + f" pictures; {len(run.tokens)} train captions" + "".join(f"\n        {note}" for note in run.notes))
     say(run, f"model   {args.init or args.model}: {run.total:,} parameters, {args.image_size} px, {args.precision} on "
              f"{args.device}" + f", {losses.world()} processes" * (losses.world() > 1))
-    say(run, f"method  {args.method}: {len(run.touched)} places; {args.train} learns: "
-             f"{args.trained_parameters:,} parameters, {run.share:.2f} %")
+    where = f"from {args.init}" if args.init else f"{len(run.touched)} places"
+    say(run, f"method  {args.method}: {where}; {args.train} learns: {args.trained_parameters:,} parameters, "
+             f"{run.share:.2f} %")
     say(run, f"run     {args.out}: {args.loss} loss, {args.epochs} epochs of {run.steps} steps, "
              f"batch {args.batch_size}, lr {args.lr:g}, seed {args.seed}")
 
-    stop_on_ctrl_c(run)
+    def stop(number, frame):        # Ctrl-C ends the run after the step under way, a second one at once
+        run.stop = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, stop)
     first, clock = run.step, time.time()
     while run.step < args.epochs * run.steps:
         speed, waited = train_epoch(run)
@@ -634,13 +638,12 @@ def train(args):
             left = (time.time() - clock) / (run.step - first) * (args.epochs * run.steps - run.step)
             validate(run, speed, waited, left)
         if stopped(run):
-            raise KeyboardInterrupt(f"stopped at step {run.step}; go on with the same command and --resume "
-                                    f"--out {args.out}")
+            raise KeyboardInterrupt(f"stopped at step {run.step}; to go on: train.py {shlex.join(again)}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return test(run)
 
 
-# ---------------------------------------------------------------------------------------------- 7. without any data
+# ---------------------------------------------------------------------------------------------- 6. without any data
 
 def make_toy_clip(args):
     """The toy's stand-in for OpenAI's CLIP: `tiny`, trained on the ground world, or on portraits -> its run."""
@@ -650,18 +653,19 @@ def make_toy_clip(args):
     if not (Path(out) / "metrics.json").exists():
         if losses.rank() == 0:
             print(f"pre-training a tiny CLIP on drawn pictures, once: {out}")
-        train(parse([*flags, "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive",
-                     "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64", "--out", out,
-                     "--device", args.device, "--precision", args.precision, "--resume"]))
+        train([*flags, "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive",
+               "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64", "--out", out,
+               "--device", args.device, "--precision", args.precision, "--resume"])
     return out
 
 
 def tour():
     """`python train.py` alone: the paper's argument in miniature, as three ordinary runs."""
-    rows = train(parse(["--dataset", "toy-aerial", "--method", "mrs"]))
+    rows = train(["--dataset", "toy-aerial", "--method", "mrs"])
     print()
-    rows += train(parse(["--dataset", "toy-aerial", "--method", "none", "--train", "backbone",
-                         "--loss", "contrastive"]))[-1:]
+    rows += train(["--dataset", "toy-aerial", "--method", "none", "--train", "backbone", "--loss", "contrastive"])[-1:]
+    if losses.rank() > 0:
+        return
     print("\nthe two runs together, on a test set that no step touched:\n" + eval.table(rows))
     zero, method, full = (row[3]["mR"] for row in rows[1:])
     print(f"\nthe adapter closes {100 * (method - zero) / (full - zero):.0f} % of the gap between zero-shot and full "
@@ -671,7 +675,7 @@ def tour():
 def main():
     """The tour without flags, else one run; mistakes end in one line and exit code 2."""
     try:
-        tour() if len(sys.argv) == 1 else train(parse(sys.argv[1:]))
+        tour() if len(sys.argv) == 1 else train(sys.argv[1:])
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         advice = "; try --chunk or a smaller --batch-size" if isinstance(error, torch.cuda.OutOfMemoryError) else ""
         print(f"train.py: error: {error}{advice}", file=sys.stderr)

@@ -145,10 +145,10 @@ def step_job(variant, size, batch_size, device):
         if variant.endswith("bf16"):
             train.freeze_in_bf16(model)
 
+        args = argparse.Namespace(loss="hmmc", precision=variant[-4:])
+
         def loss_of(dropout):
-            (image, image2), (text, text2) = (train.encode_twice(tower, inputs, dropout) for tower, inputs in
-                                              ((model.visual, images), (model.text, tokens)))
-            return losses.hmmc_loss(image, text, image2, text2)[0]
+            return losses.hmmc_loss(*train.encode(model, args, images, tokens, dropout))[0]
 
     def step():
         with autocast(device, variant):

@@ -76,8 +76,8 @@ def place(tmp_path_factory):
         shutil.copy(path, folder / "photos")
     (folder / "photos/captions.tsv").write_text("".join(
         f"{Path(pairs.images[n]).name}\t{text}\n" for text, n in zip(pairs.captions, pairs.image_of_caption)))
-    train.train(train.parse(["--dataset", "ucm", "--data-root", str(folder / "ucm_precomp"), "--model", "tiny",
-                             "--method", "none", "--train", "all", "--epochs", "1", "--out", str(folder / "start")]))
+    train.train(["--dataset", "ucm", "--data-root", str(folder / "ucm_precomp"), "--model", "tiny",
+                 "--method", "none", "--train", "all", "--epochs", "1", "--out", str(folder / "start")])
     return folder
 
 
