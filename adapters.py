@@ -203,7 +203,7 @@ def deep_prompts(sides, model, prompt_length, prompt_depth):
     CLIP; stage 2 fixes them and fine-tunes CLIP. ViT-B, m = 4: 12 x 4 x (768 + 512) = 61 440.
     Text only: CoOp (Zhou et al., arXiv 2109.01134). ViT-B/32, m = 16: 12 x 16 x 512 = 98 304.
     """
-    # differs from prompt decoupling: position, length, depth, init are ours [choice], its own are not public
+    # differs from prompt decoupling: position, length, depth, init are ours [choice], its own could not be read
     # differs from CoOp: prompts in every block (the count of arXiv 2308.12509) and without positions
     stacks = [blocks(model, side) for side in sides]
     deepest = max(len(stack) for stack, _ in stacks)
@@ -254,8 +254,7 @@ def add_maple(model, prompt_length, prompt_depth):
 
     P_image = Linear(P_text), one for each depth. ViT-B/32, m = 2: 9 x (2 x 512 + 512 x 768 + 768) = 3 555 072.
     """
-    # differs from MaPLe: prompts are dropped after block 9, there they flow on to the top; the first text
-    # prompts are random, there the words "a photo of a"
+    # differs from MaPLe: prompts end with block 9, there they flow on; random at first, there "a photo of a"
     images, width = blocks(model, "image")
     depth = prompt_depth or min(9, len(blocks(model, "text")[0]))
     touched = deep_prompts(["text"], model, prompt_length, depth)
@@ -437,8 +436,8 @@ def add_clip_adapter(model, bottleneck):
 
 def add_linear_probe(model):
     """Linear probe: f <- W f + b, D -> 2 D, on both towers. D = 512: 2 x (1024 x 512 + 1024) = 1 050 624."""
-    # differs from arXiv 2308.12509, which gives the size only: both sides start from one W with orthonormal
-    # columns, so that training starts from CLIP's similarities instead of from chance
+    # differs from arXiv 2308.12509, which gives the size only: both towers start from one orthonormal W,
+    # so that training begins at CLIP's similarities and not at chance
     width = model.text.text_projection.shape[1]
     image, text = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
     nn.init.orthogonal_(image.weight)

@@ -75,8 +75,8 @@ def hmmc_loss(image, text, image2, text2, margin=0.2, same=None):
 def hmmc_softmax_loss(image, text, image2, text2, scale, same=None, weights=(1.0, 0.5, 0.5)):
     """The three terms of HMMC as softmax contrastive losses, L = w1 C(V, T) + w2 C(V, V') + w3 C(T, T').
 
-    differs from PE-RSITR: all negatives count, by their softmax weight, where the paper takes the hardest one
-    only; a mean over the batch; the weights are ours. sum(weights) ln B when all similarities are equal.
+    differs from PE-RSITR: a softmax over all negatives, not the hardest alone; a mean over the batch; our weights.
+    sum(weights) ln B when all similarities are equal.
     Arguments as in `hmmc_loss`; scale as in `contrastive_loss`. Returns (loss, weighted parts).
     """
     return summed({"image-text": weights[0] * contrastive_loss(image, text, scale, same),

@@ -12,6 +12,7 @@ A run is a folder: best.pt (best on validation), last.pt (to resume), log.csv, m
 Every random number of a step is drawn from (seed, step, process), so that a resumed run ends as the unbroken one.
 """
 import argparse
+import ctypes
 import dataclasses
 import datetime
 import json
@@ -41,8 +42,9 @@ FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # sizes without weights to load:
 SDM_SCALE = 50.0                                # 1 / temperature of SDM, at most: IRRA's
 SAVE_EVERY = 600                                # seconds between two last.pt within an epoch
 
-# recipes: what flags default to where PE-RSITR's recipe, the default in FLAGS, is not for the case. They are ours, but
-# prompt decoupling's: its stage 1, REID, is our [choice], as it is not published; stage 2 is the field's (IRRA)
+# recipes: what flags default to where PE-RSITR's recipe, the defaults in FLAGS, does not apply. They are ours; only
+# stage 2 of prompt decoupling, REID_TUNED, is the field's (IRRA). Its stage 1, REID, is a [choice]: the paper's could
+# not be read
 TOY = dict(model="toy", loss="hmmc-softmax", epochs=15, batch_size=64, lr=5e-3, schedule="cosine", warmup=1.0,
            epoch_over="images")
 TOY_SIZES = dict(bottleneck=128, dropout=0.1)   # few steps and few pictures: wide, and little dropout
@@ -196,6 +198,14 @@ def fast_bf16(device):
     return bf16 < 0.7 * fp32
 
 
+def keep_freed_memory():
+    """Let glibc keep what is freed for the next step: given back and faulted in anew, it costs a tenth of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:                 # not on macOS
+        mallopt(-3, 2 ** 30)    # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap
+        mallopt(-1, -1)         # M_TRIM_THRESHOLD: the heap is not trimmed
+
+
 def build(args, captions=None):
     """CLIP and its tokenizer: loaded, or of a size to train from scratch with a vocabulary from the captions."""
     if args.model in FROM_SCRATCH:
@@ -256,7 +266,7 @@ def compute_loss(args, features, scale, same=None, persons=None, classifier=None
         return losses.hmmc_softmax_loss(*features, scale, same)
     if args.loss == "contrastive":
         return losses.contrastive_loss(*features, scale, same), {}
-    # differs from IRRA: a CLIP that was trained so briefly that its own scale is below 50 keeps that, or SDM collapses
+    # differs from IRRA: a CLIP trained so briefly that its own scale is below 50 keeps that, or SDM collapses
     sdm = losses.sdm_loss(*features, persons, torch.as_tensor(scale).detach().clamp(max=SDM_SCALE))
     if args.loss == "sdm":
         return sdm, {}
@@ -595,6 +605,7 @@ def test(run):
 def train(flags):
     """One run, from its flags to its test: returns the rows of its result table and leaves the run's folder behind."""
     args = parse(flags)
+    keep_freed_memory()
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():              # started by torchrun
