@@ -282,7 +282,8 @@ def load_run(path, device="cpu"):
         raise ValueError(f"{path} lacks {', '.join(lacks)}: a run's best.pt of this version is needed, not last.pt")
     source = path if "state_dict" in checkpoint else settings["model"]
     model = clip.load_clip(source, settings["image_size"], activation=settings["activation"])
-    if "state_dict" not in checkpoint and fingerprint(model) != checkpoint["fingerprint"]:
+    settings["fingerprint"] = fingerprint(model)            # of CLIP without the method, for a run that starts here
+    if "state_dict" not in checkpoint and settings["fingerprint"] != checkpoint["fingerprint"]:
         raise ValueError(f"{path} was trained on other weights than those now in {settings['model']}")
     adapters.add_method(model, settings["method"], **settings["sizes"])
     adapters.load_trainable(model, checkpoint["trained"])

@@ -249,7 +249,7 @@ def encode_views(tower, inputs, views, dropout):
 def encode(model, args, images, tokens, dropout=0.2):
     """What a loss is computed from: features (B, D) of pictures and captions, for HMMC also of their second views."""
     views = 2 if args.loss.startswith("hmmc") else 1
-    order = tokens.count_nonzero(dim=1).argsort()
+    order = tokens.count_nonzero(dim=1).argsort(stable=True)
     with eval.autocast(model, args.precision):
         image = encode_views(model.visual, images, views, dropout)
         # the shorter captions and the longer ones, each padded to their own longest only
@@ -388,12 +388,13 @@ def load(run):
     if losses.rank() > 0:
         dist.barrier()
     pairs, run.notes = read_splits(args)
-    model, run.tokenizer = build(args, pairs["train"].captions)
-    run.fingerprint = eval.fingerprint(model)                                 # of CLIP without the method
     if args.init:
-        model, run.tokenizer, _ = eval.load_run(args.init, args.device)
+        model, run.tokenizer, before = eval.load_run(args.init, args.device)
+        run.fingerprint, run.start = before["fingerprint"], f"from {args.init}"
     else:
-        run.touched = adapters.add_method(model, args.method, **args.sizes)
+        model, run.tokenizer = build(args, pairs["train"].captions)
+        run.fingerprint = eval.fingerprint(model)
+        run.start = f"{len(adapters.add_method(model, args.method, **args.sizes))} places"
     run.model = model
     args.image_size, args.activation = model.config.image_size, model.config.activation
     size, patch, grid = args.image_size, model.config.patch_size, model.config.grid
@@ -630,8 +631,7 @@ def train(flags):
         + f" pictures; {len(run.tokens)} train captions" + "".join(f"\n        {note}" for note in run.notes))
     say(run, f"model   {args.init or args.model}: {run.total:,} parameters, {args.image_size} px, {args.precision} on "
              f"{args.device}" + f", {losses.world()} processes" * (losses.world() > 1))
-    where = f"from {args.init}" if args.init else f"{len(run.touched)} places"
-    say(run, f"method  {args.method}: {where}; {args.train} learns: {args.trained_parameters:,} parameters, "
+    say(run, f"method  {args.method}: {run.start}; {args.train} learns: {args.trained_parameters:,} parameters, "
              f"{run.share:.2f} %")
     say(run, f"run     {args.out}: {args.loss} loss, {args.epochs} epochs of {run.steps} steps, "
              f"batch {args.batch_size}, lr {args.lr:g}, seed {args.seed}")
