@@ -121,7 +121,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. The methods of adapters.py wrap it and restate these two lines."""
+    """Pre-norm transformer block in two halves: in `mix` tokens look at each other, in `feed` each is alone.
+
+    The methods of adapters.py wrap a block and restate the half they change.
+    """
 
     def __init__(self, width, causal, activation):
         super().__init__()
@@ -130,13 +133,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, activation)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def mix(self, x):
+        return x + self.attn(self.ln_1(x))
+
+    def feed(self, x):
         return x + self.mlp(self.ln_2(x))
+
+    def forward(self, x):
+        return self.feed(self.mix(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, (B, L, C) -> (B, L, C)."""
+    """A stack of blocks, (B, L, C) -> (B, L, C); `feed` is its last half block, `mix` all before that."""
 
     def __init__(self, width, layers, causal, activation):
         super().__init__()
@@ -149,14 +157,32 @@ class Transformer(nn.Module):
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, x):
-        for block in self.resblocks:
+    def mix(self, x):
+        for block in self.resblocks[:-1]:
             x = block(x)
-        return x
+        return self.resblocks[-1].mix(x)
+
+    def feed(self, x):
+        return self.resblocks[-1].feed(x)
+
+    def forward(self, x):
+        return self.feed(self.mix(x))
 
 
-class VisionTower(nn.Module):
-    """Normalised images (B, 3, H, W) -> (B, D). Both towers are embed, transformer, pool, head."""
+class Tower(nn.Module):
+    """What both towers are: embed, transformer, pool, head. One token is read: pool picks and projects it."""
+
+    def pool(self, x, inputs=None):     # inputs: what was embedded; the text tower looks for EOT in it
+        return self.project(self.pick(x, inputs))       # (B, L, C) -> (B, 1, C) -> (B, D)
+
+    def forward(self, inputs):
+        """head(pool(transformer(embed(inputs)))), but the last MLP runs for the token alone that is read."""
+        x = self.transformer.mix(self.embed(inputs))                          # (B, L, C)
+        return self.head(self.project(self.transformer.feed(self.pick(x, inputs))))
+
+
+class VisionTower(Tower):
+    """Normalised images (B, 3, H, W) -> (B, D), the feature at the class token."""
 
     def __init__(self, config):
         super().__init__()
@@ -177,14 +203,14 @@ class VisionTower(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, 1 + patches, C)
         return self.ln_pre(x)
 
-    def pool(self, x, images=None):     # images: not used, both towers' pool is called alike
-        return self.ln_post(x[:, 0]) @ self.proj                              # the class token, (B, D)
+    def pick(self, x, images):
+        return x[:, :1]                                                       # the class token
 
-    def forward(self, images):
-        return self.head(self.pool(self.transformer(self.embed(images))))
+    def project(self, x):
+        return self.ln_post(x[:, 0]) @ self.proj
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """Causal transformer: token ids (B, L), zero-padded -> (B, D), the feature at EOT."""
 
     def __init__(self, config):
@@ -210,12 +236,11 @@ class TextTower(nn.Module):
             raise ValueError(f"a text has no EOT, id {self.eot}: use the tokenizer that goes with this model")
         return self.token_embedding(tokens[:, :longest]) + self.positional_embedding[:longest]  # (B, L, C)
 
-    def pool(self, x, tokens):
-        x = x[torch.arange(len(x), device=x.device), self.end(tokens)]        # (B, C)
-        return self.ln_final(x) @ self.text_projection                        # (B, D)
+    def pick(self, x, tokens):
+        return x[torch.arange(len(x), device=x.device), self.end(tokens)][:, None]
 
-    def forward(self, tokens):
-        return self.head(self.pool(self.transformer(self.embed(tokens)), tokens))
+    def project(self, x):
+        return self.ln_final(x[:, 0]) @ self.text_projection
 
 
 class CLIP(nn.Module):

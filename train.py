@@ -242,8 +242,9 @@ def encode_views(tower, inputs, views, dropout):
     x = tower.embed(inputs)
     if views == 2:
         x = torch.cat([x, F.dropout(x, dropout)])
-    x = tower.transformer(x)                                                  # (views B, L, C)
-    return [tower.head(tower.pool(view, inputs)) for view in x.chunk(views)]
+    x = tower.transformer.mix(x)                                              # (views B, L, C)
+    x = torch.cat([tower.pick(view, inputs) for view in x.chunk(views)])      # (views B, 1, C)
+    return [tower.head(view) for view in tower.project(tower.transformer.feed(x)).chunk(views)]
 
 
 def encode(model, args, images, tokens, dropout=0.2):

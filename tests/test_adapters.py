@@ -579,6 +579,17 @@ def test_the_second_view_rides_in_the_same_batch(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_the_last_mlp_is_run_for_the_token_that_is_read_alone(name):
+    model, seen = build(name), []
+    for tower in (model.visual, model.text):
+        last = tower.transformer.get_submodule("inner" if name == "vl-prompt" and tower is model.text else "")
+        last = [module for _, module in last.resblocks[-1].named_modules() if isinstance(module, clip.Block)][0]
+        last.mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    features(model)
+    assert seen == [(4, 1, 4 * 192), (4, 1, 4 * 128)]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_bf16_autocast_over_bf16_frozen_matrices(name, monkeypatch):
     """What the method learns stays float32, gets float32 gradients, and the features are those of float32."""
     attend = clip.Attention.attend
@@ -666,7 +677,7 @@ def test_prompts_of_a_block_act_from_that_block_on(side, layers):
     resblocks = model.get_submodule(f"{side}.transformer.resblocks")
     outputs = []
     for block in resblocks:
-        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        block.inner.ln_2.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     features(model)
     for k in range(layers):
         changed = copy.deepcopy(model)
