@@ -7,8 +7,8 @@ Papers: "Parameter-Efficient Transfer Learning for Remote Sensing Image-Text Ret
     add_method(model, "mrs")        # CLIP is frozen; what the method added has requires_grad
 
 CLIP knows nothing of this file. A method goes in by one of three moves, and that is the whole mechanism:
-1. wrap a block: a module holds it as `.inner` and restates one of its halves, or both, with the method in place:
-   `mix` is x + attn(ln_1(x)), `feed` is x + mlp(ln_2(x));
+1. wrap a block: a module holds it as `.inner` and restates its two lines with the method in place; between them
+   `keep` gives the tokens that the MLP is run for, which are all, but in the last block only the one read;
 2. wrap a block or the transformer with `Prompted`: learned tokens go in before it and come out after;
 3. set `tower.head`.
 Reads in two parts: the mechanism with the two papers' methods, then the rest of the table. The default sizes
@@ -44,23 +44,6 @@ def replace(model, path, module):
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
     return path
-
-
-class Wrapped(nn.Module):
-    """A block, held as `.inner`, whose halves are the wrapper's where the wrapper has its own."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.inner = block
-
-    def mix(self, x):
-        return self.inner.mix(x)
-
-    def feed(self, x):
-        return self.inner.feed(x)
-
-    def forward(self, x):
-        return self.feed(self.mix(x))
 
 
 def wrap_blocks(wrapper, model, **sizes):
@@ -156,16 +139,18 @@ class MRSAdapter(nn.Module):
         return torch.cat([self.up[side](h), self.share(h)], dim=-1)           # (B, L, C)
 
 
-class MRSBlock(Wrapped):
-    """An adapter beside the MLP, reading the stream before ln_2: of MRS-Adapters one serves every block."""
+class MRSBlock(nn.Module):
+    """An adapter beside the MLP, reading the stream before ln_2: by default all blocks share one MRS-Adapter."""
     places = 1
 
     def __init__(self, block, side, adapter):
-        super().__init__(block)
-        self.side, self.adapter = side, adapter
+        super().__init__()
+        self.inner, self.side, self.adapter = block, side, adapter
 
-    def feed(self, x):
-        return x + self.inner.mlp(self.inner.ln_2(x)) + self.adapter(x, self.side)
+    def forward(self, x, keep=nn.Identity()):
+        block = self.inner
+        x = keep(x + block.attn(block.ln_1(x)))
+        return x + block.mlp(block.ln_2(x)) + self.adapter(x, self.side)
 
 
 def add_adapter(wrapper, adapter, model, shared, **sizes):
@@ -186,30 +171,33 @@ def add_adapter(wrapper, adapter, model, shared, **sizes):
 
 # ------------------------------------------------------------------------------------------------- prompts
 
-def with_prompts(inner, x, prompts):
-    """Run `inner` on x with m prompts behind x's first token (class token or SOT), and take them out after.
+def with_prompts(inner, x, prompts, keep):
+    """Run `inner` on x with m prompts behind x's first token (class token or SOT), and take them out after its
+    last attention; its last MLP would be run for them in vain.
 
     Outside nothing moves: EOT stays where the tower looks for it, and the image tokens keep their grid. The
     text is causal, so the words see the prompts and SOT does not.
     """
     tokens = prompts.to(x.dtype).expand(len(x), -1, -1)                       # (B, m, C)
-    x = inner(torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1))                 # (B, L + m, C)
-    return torch.cat([x[:, :1], x[:, 1 + len(prompts):]], dim=1)              # (B, L, C)
+
+    def keep_words(x):
+        return keep(torch.cat([x[:, :1], x[:, 1 + len(prompts):]], dim=1))    # (B, L + m, C) -> (B, L, C)
+    return inner(torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1), keep_words)
 
 
-class Prompted(Wrapped):
-    """m learned tokens that join what a module mixes and leave what comes out, N(0, 0.02) at first.
+class Prompted(nn.Module):
+    """m learned tokens that join what a module reads and leave before it returns, N(0, 0.02) at first.
 
     Around each block this is deep prompting: every block gets its own prompts, and what became of them is
     dropped. Around the whole transformer it is shallow prompting. m = 0 is plain CLIP.
     """
 
     def __init__(self, inner, m, width):
-        super().__init__(inner)
-        self.prompts = nn.Parameter(0.02 * torch.randn(m, width))
+        super().__init__()
+        self.inner, self.prompts = inner, nn.Parameter(0.02 * torch.randn(m, width))
 
-    def mix(self, x):
-        return with_prompts(self.inner.mix, x, self.prompts)
+    def forward(self, x, keep=nn.Identity()):
+        return with_prompts(self.inner, x, self.prompts, keep)
 
 
 def deep_prompts(sides, model, prompt_length, prompt_depth):
@@ -253,17 +241,17 @@ def add_vl_prompt(model, prompt_length, prompt_depth):
     return touched + [replace(model, "text.transformer", Prompted(model.text.transformer, 16, width))]
 
 
-class CoupledPrompted(Wrapped):
-    """`Prompted` for the image side, its prompts a linear function of those of the text block as deep."""
+class CoupledPrompted(nn.Module):
+    """`Prompted` for the image side, its prompts a linear function of those of the text block of the same depth."""
 
     def __init__(self, inner, text_prompts, width):
-        super().__init__(inner)
-        self.text_prompts = text_prompts
+        super().__init__()
+        self.inner, self.text_prompts = inner, text_prompts
         self.couple = nn.Linear(text_prompts.shape[1], width)
 
-    def mix(self, x):
+    def forward(self, x, keep=nn.Identity()):
         prompts = self.couple(self.text_prompts)                              # (m, C of the images)
-        return with_prompts(self.inner.mix, x, prompts)
+        return with_prompts(self.inner, x, prompts, keep)
 
 
 def add_maple(model, prompt_length, prompt_depth):
@@ -281,19 +269,18 @@ def add_maple(model, prompt_length, prompt_depth):
 
 # ------------------------------------------------- the rest: other adapters, in the block or behind the tower
 
-class SerialBlock(Wrapped):
+class SerialBlock(nn.Module):
     """Adapters in series behind attention and MLP, before the residual sum; each has its own skip inside."""
     places = 2
 
     def __init__(self, block, side, after_attn, after_mlp):
-        super().__init__(block)
-        self.side, self.after_attn, self.after_mlp = side, after_attn, after_mlp
+        super().__init__()
+        self.inner, self.side, self.after_attn, self.after_mlp = block, side, after_attn, after_mlp
 
-    def mix(self, x):
-        return x + self.after_attn(self.inner.attn(self.inner.ln_1(x)), self.side)
-
-    def feed(self, x):
-        return x + self.after_mlp(self.inner.mlp(self.inner.ln_2(x)), self.side)
+    def forward(self, x, keep=nn.Identity()):
+        block = self.inner
+        x = keep(x + self.after_attn(block.attn(block.ln_1(x)), self.side))
+        return x + self.after_mlp(block.mlp(block.ln_2(x)), self.side)
 
 
 class Houlsby(nn.Module):
@@ -360,26 +347,25 @@ class Convpass(nn.Module):
     def forward(self, x):
         x = quick_gelu(self.down(x)).transpose(1, 2)                          # (B, h, L)
         grids = [x[:, :, :1, None]]                                           # (B, h, 1, 1)
-        if x.shape[2] > 1:      # the last MLP has the class token alone
+        if x.shape[2] > 1:      # beside the last MLP there is the class token alone
             grids.append(x[:, :, 1:].unflatten(2, self.grid))                 # (B, h, rows, columns)
         x = torch.cat([self.conv(grid).flatten(2) for grid in grids], dim=2).transpose(1, 2)    # (B, L, h)
         return self.up(self.dropout(quick_gelu(x)))                           # (B, L, C)
 
 
-class ConvpassBlock(Wrapped):
+class ConvpassBlock(nn.Module):
     """One Convpass beside attention, one beside the MLP, each reading what its neighbour reads."""
 
     def __init__(self, block, beside_attn, beside_mlp):
-        super().__init__(block)
-        self.beside_attn, self.beside_mlp = beside_attn, beside_mlp
+        super().__init__()
+        self.inner, self.beside_attn, self.beside_mlp = block, beside_attn, beside_mlp
 
-    def mix(self, x):
-        y = self.inner.ln_1(x)
-        return x + self.inner.attn(y) + self.beside_attn(y)
-
-    def feed(self, x):
-        y = self.inner.ln_2(x)
-        return x + self.inner.mlp(y) + self.beside_mlp(y)
+    def forward(self, x, keep=nn.Identity()):
+        block = self.inner
+        y = block.ln_1(x)
+        x = keep(x + block.attn(y) + self.beside_attn(y))
+        y = block.ln_2(x)
+        return x + block.mlp(y) + self.beside_mlp(y)
 
 
 def add_convpass(model, bottleneck, shared, dropout):
@@ -468,7 +454,7 @@ def add_linear_probe(model):
 
 # -------------------------------------------------------------- CLIP's own weights, extended, scaled or tuned
 
-class LoRABlock(Wrapped):
+class LoRABlock(nn.Module):
     """LoRA (Hu et al., arXiv 2106.09685) on q and v: W <- W + B A, with A (r, C) and B (C, r).
 
     CLIP packs q, k and v in one matrix: the low-rank path goes to the q and v rows of its output, and no
@@ -478,19 +464,21 @@ class LoRABlock(Wrapped):
     # differs from LoRA: alpha = r, so its factor alpha / r is 1
 
     def __init__(self, block, rank):
-        super().__init__(block)
-        width = block.attn.out_proj.in_features
+        super().__init__()
+        self.inner, width = block, block.attn.out_proj.in_features
         self.A_q, self.A_v = nn.Parameter(torch.empty(rank, width)), nn.Parameter(torch.empty(rank, width))
         self.B_q, self.B_v = nn.Parameter(torch.zeros(width, rank)), nn.Parameter(torch.zeros(width, rank))
         nn.init.kaiming_uniform_(self.A_q, a=5 ** 0.5)
         nn.init.kaiming_uniform_(self.A_v, a=5 ** 0.5)
 
-    def mix(self, x):
-        attn, y = self.inner.attn, self.inner.ln_1(x)
+    def forward(self, x, keep=nn.Identity()):
+        block, attn = self.inner, self.inner.attn
+        y = block.ln_1(x)
         q, k, v = attn.project(y).chunk(3, dim=-1)                            # 3 x (B, L, C)
         q = q + F.linear(F.linear(y, self.A_q), self.B_q)
         v = v + F.linear(F.linear(y, self.A_v), self.B_v)
-        return x + attn.out_proj(attn.attend(torch.cat([q, k, v], dim=-1)))
+        x = keep(x + attn.out_proj(attn.attend(q, k, v)))
+        return x + block.mlp(block.ln_2(x))
 
 
 @torch.no_grad()
@@ -513,7 +501,7 @@ def merge_lora(model):
     model.method_parameters = []    # a plain CLIP again, which may take another method
 
 
-class IA3Block(Wrapped):
+class IA3Block(nn.Module):
     """(IA)^3 (Liu et al., arXiv 2205.05638): learned scales on keys, values and the MLP's hidden layer.
 
         k <- l_k k,   v <- l_v v,   MLP(x) = W_2 (l_ff act(W_1 x))
@@ -521,20 +509,17 @@ class IA3Block(Wrapped):
     """
 
     def __init__(self, block):
-        super().__init__(block)
-        width = block.attn.out_proj.in_features
+        super().__init__()
+        self.inner, width = block, block.attn.out_proj.in_features
         self.l_k, self.l_v = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
         self.l_ff = nn.Parameter(torch.ones(block.mlp.c_fc.out_features))
 
-    def mix(self, x):
-        attn = self.inner.attn
-        q, k, v = attn.project(self.inner.ln_1(x)).chunk(3, dim=-1)           # 3 x (B, L, C)
+    def forward(self, x, keep=nn.Identity()):
+        block, attn, mlp = self.inner, self.inner.attn, self.inner.mlp
+        q, k, v = attn.project(block.ln_1(x)).chunk(3, dim=-1)                # 3 x (B, L, C)
         k, v = (k * self.l_k).to(k.dtype), (v * self.l_v).to(v.dtype)         # scaled in float32
-        return x + attn.out_proj(attn.attend(torch.cat([q, k, v], dim=-1)))
-
-    def feed(self, x):
-        mlp = self.inner.mlp
-        h = mlp.act(mlp.c_fc(self.inner.ln_2(x)))                             # (B, L, 4C)
+        x = keep(x + attn.out_proj(attn.attend(q, k, v)))
+        h = mlp.act(mlp.c_fc(block.ln_2(x)))                                  # (B, L, 4C)
         return x + mlp.c_proj((h * self.l_ff).to(h.dtype))
 
 
@@ -550,27 +535,25 @@ class ScaleShift(nn.Module):
         return (x * self.gamma + self.beta).to(x.dtype)     # bf16 would round small changes of gamma away
 
 
-class SSFBlock(Wrapped):
-    """SSF (Lian et al., arXiv 2210.08823): gamma x + beta behind the six operations with weights of a block.
+class SSFBlock(nn.Module):
+    """SSF (Lian et al., arXiv 2210.08823): gamma x + beta after each of a block's six operations that have weights.
 
     Outside the blocks: patch embedding and the towers' last LayerNorms. Nearly the identity at init.
     ViT-B/32: 12 x 22 x (768 + 512) + 2 x 768 + 2 x 768 + 2 x 512 = 342 016.
     """
 
     def __init__(self, block):
-        super().__init__(block)
+        super().__init__()
         width, hidden = block.attn.out_proj.in_features, block.mlp.c_fc.out_features
+        self.inner = block
         self.ln_1, self.qkv, self.attn = ScaleShift(width), ScaleShift(3 * width), ScaleShift(width)
         self.ln_2, self.c_fc, self.c_proj = ScaleShift(width), ScaleShift(hidden), ScaleShift(width)
 
-    def mix(self, x):
-        attn = self.inner.attn
-        qkv = self.qkv(attn.project(self.ln_1(self.inner.ln_1(x))))           # (B, L, 3C)
-        return x + self.attn(attn.out_proj(attn.attend(qkv)))                 # (B, L, C)
-
-    def feed(self, x):
-        mlp = self.inner.mlp
-        h = mlp.act(self.c_fc(mlp.c_fc(self.ln_2(self.inner.ln_2(x)))))       # (B, L, 4C)
+    def forward(self, x, keep=nn.Identity()):
+        block, attn, mlp = self.inner, self.inner.attn, self.inner.mlp
+        qkv = self.qkv(attn.project(self.ln_1(block.ln_1(x))))                # (B, L, 3C)
+        x = keep(x + self.attn(attn.out_proj(attn.attend(*qkv.chunk(3, dim=-1)))))  # (B, L, C)
+        h = mlp.act(self.c_fc(mlp.c_fc(self.ln_2(block.ln_2(x)))))            # (B, L, 4C)
         return x + self.c_proj(mlp.c_proj(h))
 
 

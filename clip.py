@@ -90,9 +90,9 @@ class Attention(nn.Module):
     def project(self, x):
         return F.linear(x, self.in_proj_weight, self.in_proj_bias)            # (B, L, 3C)
 
-    def attend(self, qkv):
-        B, L, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        q, k, v = qkv.view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, C/H)
+    def attend(self, q, k, v):
+        L = q.shape[1]
+        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))     # 3 x (B, H, L, C/H)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             # torch's fused backward is about 4x slower than the written-out product in bf16 on a CPU
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)          # (B, H, L, L)
@@ -101,10 +101,10 @@ class Attention(nn.Module):
             x = scores.softmax(dim=-1) @ v                                    # (B, H, L, C/H)
         else:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return x.transpose(1, 2).reshape(B, L, C)
+        return x.transpose(1, 2).flatten(2)                                   # (B, L, C)
 
     def forward(self, x):
-        return self.out_proj(self.attend(self.project(x)))
+        return self.out_proj(self.attend(*self.project(x).chunk(3, dim=-1)))
 
 
 class MLP(nn.Module):
@@ -121,9 +121,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block in two halves: in `mix` tokens look at each other, in `feed` each is alone.
+    """Pre-norm transformer block. The methods of adapters.py wrap it and restate these two lines.
 
-    The methods of adapters.py wrap a block and restate the half they change.
+    In attention tokens look at each other; in the MLP each is alone, and it is run for those that `keep` gives.
     """
 
     def __init__(self, width, causal, activation):
@@ -133,23 +133,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, activation)
 
-    def mix(self, x):
-        return x + self.attn(self.ln_1(x))
-
-    def feed(self, x):
+    def forward(self, x, keep=nn.Identity()):
+        x = keep(x + self.attn(self.ln_1(x)))
         return x + self.mlp(self.ln_2(x))
-
-    def forward(self, x):
-        return self.feed(self.mix(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, (B, L, C) -> (B, L, C); `feed` is its last half block, `mix` all before that."""
+    """A stack of blocks, (B, L, C) -> (B, L, C), or to those tokens that `keep` picks before the last MLP."""
 
     def __init__(self, width, layers, causal, activation):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
-        for block in self.resblocks:    # differs from OpenAI: as its text tower, in both towers; all biases 0
+        for block in self.resblocks:    # differs from OpenAI: both towers start as its text tower does; all biases 0
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -157,16 +152,11 @@ class Transformer(nn.Module):
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
 
-    def mix(self, x):
-        for block in self.resblocks[:-1]:
+    def forward(self, x, keep=nn.Identity()):
+        *blocks, last = self.resblocks
+        for block in blocks:
             x = block(x)
-        return self.resblocks[-1].mix(x)
-
-    def feed(self, x):
-        return self.resblocks[-1].feed(x)
-
-    def forward(self, x):
-        return self.feed(self.mix(x))
+        return last(x, keep)
 
 
 class Tower(nn.Module):
@@ -176,9 +166,9 @@ class Tower(nn.Module):
         return self.project(self.pick(x, inputs))       # (B, L, C) -> (B, 1, C) -> (B, D)
 
     def forward(self, inputs):
-        """head(pool(transformer(embed(inputs)))), but the last MLP runs for the token alone that is read."""
-        x = self.transformer.mix(self.embed(inputs))                          # (B, L, C)
-        return self.head(self.project(self.transformer.feed(self.pick(x, inputs))))
+        """head(pool(transformer(embed(inputs)))), but the last MLP is run for the picked token alone."""
+        x = self.transformer(self.embed(inputs), keep=lambda x: self.pick(x, inputs))       # (B, 1, C)
+        return self.head(self.project(x))
 
 
 class VisionTower(Tower):
@@ -198,7 +188,11 @@ class VisionTower(Tower):
         self.head = nn.Identity()       # where CLIP-Adapter and the linear probe put their network
 
     def embed(self, images):
-        x = self.conv1(images).flatten(2).transpose(1, 2)                     # (B, patches, C)
+        x = self.conv1(images)                                                # (B, C, rows, columns)
+        if x.shape[2:] != self.grid:
+            raise ValueError(f"pictures of {tuple(images.shape[2:])} pixels make {tuple(x.shape[2:])} patches, this "
+                             f"model reads {self.grid}: give load_clip the image_size")
+        x = x.flatten(2).transpose(1, 2)                                      # (B, patches, C)
         cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, 1 + patches, C)
         return self.ln_pre(x)
@@ -234,6 +228,9 @@ class TextTower(Tower):
         longest = int(self.end(tokens).max()) + 1   # to cut there is exact, as attention is causal
         if longest > tokens.shape[1]:
             raise ValueError(f"a text has no EOT, id {self.eot}: use the tokenizer that goes with this model")
+        if longest > len(self.positional_embedding):
+            raise ValueError(f"a text of {longest} tokens is too long for this model: give its tokenizer "
+                             f"context_length={len(self.positional_embedding)}")
         return self.token_embedding(tokens[:, :longest]) + self.positional_embedding[:longest]  # (B, L, C)
 
     def pick(self, x, tokens):
@@ -317,7 +314,7 @@ def download(url, sha256):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"cannot download {url} ({error}): put that file at {path}") from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != sha256:
         raise ValueError(f"{path} is damaged, its sha256 is not {sha256}: delete it and run again")
     return path
 
@@ -559,8 +556,8 @@ def read_safetensors(path):
 
 
 def read_file(name_or_path):
-    """What a weight file holds: a dict of tensors, most of them functions that read one, or a dict of settings
-    that has it as "state_dict"."""
+    """What a weight file holds: a dict of tensors, or of functions that return one when called, or a dict of
+    settings that has it as "state_dict"."""
     path = Path(name_or_path)
     if name_or_path in URLS:
         path = download(URLS[name_or_path], URLS[name_or_path].split("/")[-2])
@@ -583,7 +580,7 @@ def read_file(name_or_path):
         raise ValueError(f"it holds a {type(found).__name__}, no dict of tensors")
     config = path.with_name("config.json")
     if "text_model.final_layer_norm.weight" in found and config.is_file():      # Hugging Face
-        vision = json.loads(config.read_text()).get("vision_config", {})
+        vision = json.loads(config.read_text("utf-8")).get("vision_config", {})
         found = {"state_dict": found, "activation": vision.get("hidden_act", "quick_gelu")}
     return found
 
@@ -614,7 +611,8 @@ def to_openai(found):
 
 
 def config_of(weights, trained_at, image_size, activation):
-    """CLIPConfig from tensors' shapes; the image size is trained_at, else a square, else image_size."""
+    """CLIPConfig from tensors' shapes. The image size is the first of trained_at, a square and image_size that
+    has as many patches as the file."""
     for name in ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight",
                  "positional_embedding", "text_projection"):
         if name not in weights:
@@ -643,7 +641,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     Files: OpenAI's archives, state dicts, training checkpoints, open_clip's .pt, Hugging Face's CLIPModel
     (file or folder), a run of ours. image_size: pixels or (height, width); other than the checkpoint's, the
     positional grid is resized (bilinear). activation: "gelu" for open_clip models without -quickgelu in their
-    name, which their files do not say. Nothing in a file is ever run. Raises FileNotFoundError or ValueError.
+    name; the files do not say. Nothing in a file is ever run. Raises FileNotFoundError or ValueError.
     """
     with loading(name_or_path):
         found = read_file(name_or_path)

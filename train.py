@@ -242,9 +242,8 @@ def encode_views(tower, inputs, views, dropout):
     x = tower.embed(inputs)
     if views == 2:
         x = torch.cat([x, F.dropout(x, dropout)])
-    x = tower.transformer.mix(x)                                              # (views B, L, C)
-    x = torch.cat([tower.pick(view, inputs) for view in x.chunk(views)])      # (views B, 1, C)
-    return [tower.head(view) for view in tower.project(tower.transformer.feed(x)).chunk(views)]
+    x = tower.transformer(x, keep=lambda x: torch.cat([tower.pick(view, inputs) for view in x.chunk(views)]))
+    return [tower.head(view) for view in tower.project(x).chunk(views)]       # x: (views B, 1, C)
 
 
 def encode(model, args, images, tokens, dropout=0.2):

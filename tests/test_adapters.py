@@ -594,9 +594,9 @@ def test_bf16_autocast_over_bf16_frozen_matrices(name, monkeypatch):
     """What the method learns stays float32, gets float32 gradients, and the features are those of float32."""
     attend = clip.Attention.attend
 
-    def in_bf16(self, qkv):
-        assert qkv.dtype == torch.bfloat16
-        return attend(self, qkv)
+    def in_bf16(self, *qkv):
+        assert {x.dtype for x in qkv} == {torch.bfloat16}
+        return attend(self, *qkv)
 
     model = build(name)
     expected = [f.detach() for f in features(model)]
@@ -677,7 +677,7 @@ def test_prompts_of_a_block_act_from_that_block_on(side, layers):
     resblocks = model.get_submodule(f"{side}.transformer.resblocks")
     outputs = []
     for block in resblocks:
-        block.inner.ln_2.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     features(model)
     for k in range(layers):
         changed = copy.deepcopy(model)

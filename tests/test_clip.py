@@ -71,7 +71,8 @@ def test_attention_is_torch_multihead_attention(causal):
 def test_attention_in_bf16_on_a_cpu_is_that_in_float32_but_for_rounding(causal):
     torch.manual_seed(0)
     attention, qkv = clip.Attention(128, causal), torch.randn(2, 7, 384).bfloat16()
-    assert (attention.attend(qkv).float() - attention.attend(qkv.float())).abs().max() < 0.02
+    exact = attention.attend(*qkv.float().chunk(3, dim=-1))
+    assert (attention.attend(*qkv.chunk(3, dim=-1)).float() - exact).abs().max() < 0.02
 
 
 def test_block_is_torch_pre_norm_encoder_layer():
@@ -164,6 +165,28 @@ def test_a_text_without_eot_is_an_error():
     tokens[1, 4] = 3
     with pytest.raises(ValueError, match="no EOT, id 529"):
         model.encode_text(tokens)
+
+
+def test_inputs_of_another_size_than_the_models_are_one_line():
+    model, (images, tokens) = random_clip(), batch()
+    longer = torch.full((1, model.config.context_length + 1), 3)
+    longer[0, -1] = 529
+    with pytest.raises(ValueError, match=f"a text of {longer.shape[1]} tokens is too long .* context_length="):
+        model.encode_text(longer)
+    with pytest.raises(ValueError, match=r"pictures of \(\d+, \d+\) pixels make .* patches, this model reads"):
+        model.encode_image(images.repeat(1, 1, 2, 1))
+
+
+def test_what_is_hooked_is_called_and_the_last_block_gives_the_token_that_is_read():
+    model, (images, tokens), shapes = random_clip(), batch(), []
+    for tower, inputs in ((model.visual, images), (model.text, tokens)):
+        for module in (tower.transformer, *tower.transformer.resblocks):
+            module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
+        tower(inputs)
+        width = len(tower.transformer.resblocks) - 1
+        assert shapes[-2:] == [(len(inputs), 1)] * 2 and len(shapes) == width + 2
+        assert all(length > 1 for _, length in shapes[:width])
+        shapes.clear()
 
 
 def test_export_has_openai_names():
