@@ -76,6 +76,9 @@ def image_folder(root):
 
 def pair_up(rows, person=None):
     """Rows (path of a picture, caption, where it stands) -> Pairs; equal paths are one picture. person: id by path."""
+    for _, caption, source in rows:
+        if not isinstance(caption, str):
+            raise ValueError(f"{source}: the caption {caption!r} is no text")
     place = {path: n for n, path in enumerate(dict.fromkeys(path for path, _, _ in rows))}
     return Pairs(list(place), [caption.strip() for _, caption, _ in rows], [place[path] for path, _, _ in rows],
                  person and [person[path] for path in place], [source for _, _, source in rows])
@@ -270,7 +273,7 @@ def load_images(paths, size, cache="runs/cache"):
     if not file.is_file() or file.stat().st_size != math.prod(shape):
         bad = {}
         try:
-            # closing: after Ctrl-C or a full disk, what has not been decoded yet is not
+            # closing: cancels what is not decoded yet, after Ctrl-C or on a full disk
             with (made_whole(file) as draft, open(draft, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool,
                   contextlib.closing(pool.map(decode, paths, [size] * len(paths))) as pictures):
                 pictures = tqdm(pictures, "reading pictures", len(paths), leave=False, disable=None)
@@ -297,9 +300,9 @@ def without(pairs, rows):
 def load(pairs, size, cache="runs/cache", skip_bad=False):
     """Decode the pictures of all splits: {split: Pairs} -> ({split: Pairs}, {split: uint8 (N, 3, H, W)}, notes).
 
-    Empty captions are left out, and pictures that have no other. Bad pictures raise one ValueError that names those of
-    all splits; skip_bad leaves them out with their captions, at the price of decoding their split anew at each start.
-    A split without a picture is a ValueError. notes: what was left out, in words.
+    Empty captions are left out, and so are pictures that have no other. Bad pictures raise one ValueError that names
+    those of all splits; skip_bad leaves them out with their captions, at the price of decoding their split anew at
+    each start. A split without a picture is a ValueError. notes: what was left out, in words.
     """
     pairs, images, notes, bad = dict(pairs), {}, [], {}
     for split, part in pairs.items():
@@ -334,7 +337,7 @@ def erase(images):
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)
     box = (y >= top) & (y < top + h) & (x >= left) & (x < left + w) & (torch.rand(B, 1, 1) < 0.5)   # (B, H, W)
-    mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)  # differs from IRRA: 0 once normalised, there MEAN itself
+    mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)  # differs from IRRA: the box is 0 once normalised, there MEAN
     return torch.where(box[:, None].to(images.device), mean.to(images), images)
 
 

@@ -275,14 +275,12 @@ def load_run(path, device="cpu"):
     """
     checkpoint = load_checkpoint(path)
     settings = checkpoint["settings"]
-    lacks = [key for key in ("trained", "merges", "fingerprint") if key not in checkpoint]
-    lacks += [key for key in ("dataset", "data_root", "model", "image_size", "activation", "method", "train", "loss",
-                              "sizes", "precision") if key not in settings]
+    lacks = [key for key in ("trained", "merges", "fingerprint", "epoch") if key not in checkpoint]
     if lacks:
-        raise ValueError(f"{path} lacks {', '.join(lacks)}: a run's best.pt of this version is needed, not last.pt")
+        raise ValueError(f"{path} lacks {', '.join(lacks)}: a run's best.pt is needed, not last.pt")
     source = path if "state_dict" in checkpoint else settings["model"]
     model = clip.load_clip(source, settings["image_size"], activation=settings["activation"])
-    settings["fingerprint"] = fingerprint(model)            # of CLIP without the method, for a run that starts here
+    settings |= {"epoch": checkpoint["epoch"], "fingerprint": fingerprint(model)}   # the latter without the method
     if "state_dict" not in checkpoint and settings["fingerprint"] != checkpoint["fingerprint"]:
         raise ValueError(f"{path} was trained on other weights than those now in {settings['model']}")
     adapters.add_method(model, settings["method"], **settings["sizes"])
@@ -368,7 +366,8 @@ def average(runs):
         settings = {name: value for name, value in run["settings"].items() if name not in INCIDENTAL}
         settings["init"] = bool(run["settings"].get("init"))        # from which run may differ from seed to seed
         for row in run["rows"]:
-            key = settings if row[1] else {"model": settings["model"]} if row[1] == 0 else {}
+            plain = {name: settings[name] for name in ("model", "image_size", "activation")}
+            key = settings if row[1] else plain if row[1] == 0 else {}
             seeds = groups.setdefault((row[0], json.dumps(key, sort_keys=True)), {})
             seeds[run["settings"]["seed"]] = row, run           # of one seed that was run twice, the last
     for (name, key), seeds in groups.items():
@@ -532,8 +531,9 @@ def encode_files(model, paths, file, chunk=2048):
     Only pictures that are new or changed since, by size and time, are decoded and encoded; `file` is written after
     each `chunk` of them, so that a break loses no more. What cannot be read is left out; ValueError if nothing can.
     """
-    stats = [os.stat(path) for path in paths]
-    path_of = {f"{stat.st_size} {stat.st_mtime_ns} {os.path.abspath(path)}": path for path, stat in zip(paths, stats)}
+    stats = [os.path.isfile(path) and os.stat(path) for path in paths]        # decode says what is missing
+    path_of = {f"{stat and (stat.st_size, stat.st_mtime_ns)} {os.path.abspath(path)}": path
+               for path, stat in zip(paths, stats)}
     saved = {"keys": "", "features": torch.empty(0)}
     if file.is_file():
         with clip.loading(file):
@@ -574,7 +574,7 @@ def search(args, model, tokenizer, settings):
     pairs = None if args.gallery else read_pairs(args, settings)[1]
     paths = find_pictures(args.gallery) if args.gallery else pairs.images
     place = os.path.abspath(args.gallery or paths[0])       # a split's first picture is no other split's
-    key = repr((place, fingerprint(model), model.config.image_size, settings["precision"]))
+    key = repr((place, fingerprint(model), model.config, settings["precision"]))
     file = Path(args.cache) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:20]}.pt"
     queries, sheet = [args.query], []
     if args.sheet:

@@ -107,7 +107,7 @@ FLAGS = {     # group: its flags and what argparse is to know of them; `recipe` 
         weight_decay=dict(type=float, default=0.0, help="decoupled, on matrices only; 0.1 from scratch")),
     "run": dict(
         out=dict(metavar="DIR", help="folder of the run; by default a new one under runs/"),
-        resume=dict(action="store_true", help="go on with the run in --out"),
+        resume=dict(action="store_true", help="go on with the run in --out; its settings need not be repeated"),
         seed=dict(type=int, default=0, help="of everything random"),
         precision=dict(default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"),
         device=dict(default="cuda" if "cuda" in eval.DEVICES else "cpu", choices=eval.DEVICES,
@@ -145,27 +145,39 @@ SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shar
 INHERITED = ("model", "method", "image_size", "activation", *SIZES)                     # what --init brings with it
 
 
+def inherited(first):
+    """Settings that another run brings: with --resume all of the run's own, with --init those of its model."""
+    if first.resume and first.out and (last := Path(first.out) / "last.pt").is_file():
+        own = {name: vars(first)[name] for name in ("out", "resume", "device")}
+        return eval.load_checkpoint(last)["settings"] | own
+    if not first.init:
+        return {}
+    saved = eval.load_checkpoint(first.init)
+    clip_of = {"model": first.init} if "state_dict" in saved else {}      # its CLIP is not the one it started from
+    return {name: saved["settings"][name] for name in INHERITED} | clip_of
+
+
 def parse(argv):
-    """Settings from the command line; the defaults are the recipe's, or for the model those of the run in --init."""
+    """Settings from the command line; the defaults are the recipe's, or those of the run in --init or of --resume."""
     parser = make_parser()
     # a first pass, as the defaults depend on other flags, also those that --help shows
     first = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
-    start = {}
-    if first.init:
-        saved = eval.load_checkpoint(first.init)
-        start = {name: saved["settings"][name] for name in INHERITED}
-        if "state_dict" in saved:           # its CLIP is no longer the one it started from
-            start["model"] = first.init
-    defaults = {"warmup": 0.0} | recipe(first) | start
-    parser.set_defaults(**defaults | {"warmup": min(defaults["warmup"], first.epochs)})
+    defaults, start = {"warmup": 0.0} | recipe(first), inherited(first)
+    if first.resume and first.out and "out" not in start and not any(flag.startswith("--dataset") for flag in argv):
+        raise FileNotFoundError(f"{first.out}/last.pt is not there: repeat the flags that the run began with")
+    defaults["warmup"] = min(defaults["warmup"], first.epochs)
+    parser.set_defaults(**defaults | start)
     args = parser.parse_args(argv)
     if isinstance(args.image_size, list):
         if len(args.image_size) > 2 or min(args.image_size) < 1:
             raise ValueError(f"--image-size {args.image_size}: one number of pixels is needed or two, height and width")
         args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
+    if args.precision == "auto":
+        args.precision = start.get("precision", "auto")         # measured when that run began
     for name, value in start.items():
-        if getattr(args, name) != value:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in --init has {value}")
+        if getattr(args, name) != value and name != "data_root":
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run that this one goes on from "
+                             f"has {value}; leave the flag out")
     check(args)
     args.sizes = {name: getattr(args, name) for name in SIZES}
     return args
@@ -210,8 +222,9 @@ def build(args, captions=None):
     """CLIP and its tokenizer: loaded, or of a size to train from scratch with a vocabulary from the captions."""
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
-        config = dataclasses.replace(clip.SIZES[args.model], vocab_size=tokenizer.vocab_size)
-        config.image_size = args.image_size or config.image_size
+        size = clip.SIZES[args.model]
+        config = dataclasses.replace(size, vocab_size=tokenizer.vocab_size, activation=args.activation or "quick_gelu",
+                                     image_size=args.image_size or size.image_size)
         return clip.CLIP(config).to(args.device), tokenizer
     model = clip.load_clip(args.model, args.image_size, args.device, args.activation)
     return model, clip.Tokenizer(args.model)
@@ -357,11 +370,6 @@ def memory():
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def duration(seconds):
-    """Seconds as minutes:seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 # ---------------------------------------------------------------------------------------------- 5. a run
 
 def read_splits(args):
@@ -450,19 +458,16 @@ def keep(run):
     if losses.rank() == 0:
         save(Path(run.args.out) / "last.pt",
              dict(settings=vars(run.args), learned={name: p.detach() for name, p in run.learned.items()},
-                  optimizer=run.optimizer.state_dict(), step=run.step, history=run.history, sums=run.sums,
-                  seconds=time.time() - run.began))
+                  optimizer=run.optimizer.state_dict(), step=run.step, steps=run.steps, history=run.history,
+                  sums=run.sums, seconds=time.time() - run.began))
 
 
 def restore(run, saved):
     """Put the state that `keep` wrote back."""
-    for name, value in saved["settings"].items():
-        if name not in ("out", "resume", "device", "data_root") and vars(run.args).get(name) != value:
-            raise ValueError(f"the run in {run.args.out} has --{name.replace('_', '-')} {value}, not "
-                             f"{vars(run.args).get(name)}: resume it with its own settings")
     shapes = [{name: p.shape for name, p in learned.items()} for learned in (saved.get("learned", {}), run.learned)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none of its, or the data has changed")
+    if shapes[0] != shapes[1] or saved["steps"] != run.steps:
+        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none of its, or the data or the number "
+                         "of processes have changed")
     for name, value in saved["learned"].items():
         run.learned[name].data.copy_(value)
     run.optimizer.load_state_dict(saved["optimizer"])
@@ -525,19 +530,18 @@ def train_epoch(run):
     epoch, done = divmod(run.step, run.steps)
     order = data.epoch_order(run.pairs["train"], args.epoch_over, args.seed, epoch)
     began, waited = time.time(), 0.0
-    bar = tqdm(total=run.steps, initial=done, desc=f"epoch {epoch + 1}", leave=False, disable=losses.rank() > 0 or None)
+    batches = data.batches(run.images["train"], run.tokens, run.image_of, order, args.batch_size, done,
+                           losses.rank(), losses.world())
     fetched = began
-    for batch in data.batches(run.images["train"], run.tokens, run.image_of, order, args.batch_size, done,
-                              losses.rank(), losses.world()):
+    for batch in tqdm(batches, f"epoch {epoch + 1}", run.steps, initial=done, leave=False,
+                      disable=losses.rank() > 0 or None):
         waited += time.time() - fetched
         train_step(run, *batch)
-        bar.update()
         if stopped(run):
             break
         if time.time() - run.kept > SAVE_EVERY and run.step % run.steps:      # at an epoch's end validation comes first
             keep(run)
         fetched = time.time()
-    bar.close()
     seconds = time.time() - began
     return min(args.batch_size * (run.steps - done), len(order)) / seconds, waited / seconds
 
@@ -564,7 +568,8 @@ def validate(run, speed, waited, left):
     keep(run)
     terms = " ".join(f"{name} {row[name]:.3f}" for name in row if "-" in name or name in ("sdm", "id"))
     say(run, f"epoch {epoch:3d}/{args.epochs}  loss {row['loss']:.4f}{terms and f' ({terms})'}  lr {row['lr']:.1e}"
-             f"{score} {speed:5.0f} img/s  wait {100 * waited:.1f} %  mem {memory():.1f} GB  left {duration(left)}")
+             f"{score} {speed:5.0f} img/s  wait {100 * waited:.1f} %  mem {memory():.1f} GB  "
+             f"left {tqdm.format_interval(left)}")
 
 
 def save_best(run, epoch):
@@ -590,9 +595,9 @@ def test(run):
     rows.append((eval.label(settings), args.trained_parameters, run.share,
                  eval.evaluate(model, tokenizer, pairs, images, args.precision)))
     minutes = (time.time() - run.began) / 60
-    how = f"best epoch {eval.load_checkpoint(out)['epoch']} by val" if "val" in run.pairs else "the last epoch"
+    how = f"best epoch {settings['epoch']} by val" if "val" in run.pairs else "the last epoch"
     say(run, f"\n{args.dataset} {split}, {len(pairs.images)} pictures, {len(pairs.captions)} captions, {how}, "
-             f"{duration(60 * minutes)} min, {memory():.1f} GB\n" + eval.table(rows))
+             f"{tqdm.format_interval(60 * minutes)}, {memory():.1f} GB\n" + eval.table(rows))
     if losses.rank() == 0:
         save(out / "metrics.json", json.dumps(dict(
             settings=vars(args), split=split, minutes=minutes, memory_gb=memory(), total_parameters=run.total,
@@ -616,15 +621,10 @@ def train(flags):
                                 timeout=datetime.timedelta(hours=2))
     if args.model == "toy":
         args.model = make_toy_clip(args)
-    given, args.out = args.out, str(new_folder(args))
-    again = [*flags, *([] if given else ["--out", args.out]), *([] if args.resume else ["--resume"])]
-    last = Path(args.out) / "last.pt"
-    saved = eval.load_checkpoint(last) if args.resume and last.exists() else None
-    if saved and args.precision == "auto":
-        args.precision = saved["settings"]["precision"]     # a second measurement could come out otherwise
-    run = prepare(args)
-    if saved:
-        restore(run, saved)
+    args.out = str(new_folder(args))
+    run, last = prepare(args), Path(args.out) / "last.pt"
+    if args.resume and last.is_file():
+        restore(run, eval.load_checkpoint(last))
     if losses.rank() == 0:
         take_folder(args)
     say(run, f"data    {args.dataset}: " + ", ".join(f"{len(p.images)} {split}" for split, p in run.pairs.items())
@@ -649,7 +649,9 @@ def train(flags):
             left = (time.time() - clock) / (run.step - first) * (args.epochs * run.steps - run.step)
             validate(run, speed, waited, left)
         if stopped(run):
-            raise KeyboardInterrupt(f"stopped at step {run.step}; to go on: train.py {shlex.join(again)}")
+            launch = "python" if losses.world() == 1 else "torchrun ..."
+            raise KeyboardInterrupt(f"stopped at step {run.step}; to go on: {launch} train.py --resume --out "
+                                    + shlex.quote(args.out))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return test(run)
 
@@ -666,7 +668,7 @@ def make_toy_clip(args):
             print(f"pre-training a tiny CLIP on drawn pictures, once: {out}")
         train([*flags, "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive",
                "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64", "--out", out,
-               "--device", args.device, "--precision", args.precision, "--resume"])
+               "--device", args.device, "--resume"])
     return out
 
 

@@ -166,6 +166,7 @@ def test_a_picture_without_a_name_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (dict(split=None), "entry 1: its split is to be a text"), (dict(captions="a man"), "entry 1: .* its captions a list"),
+    (dict(captions=[None]), "entry 1: the caption None is no text"),
     (dict(id="p1"), "entry 1: the id 'p1' is no number")])
 def test_an_entry_of_another_kind_is_named(tmp_path, change, words):
     write_reid(tmp_path / "reid_raw.json", [("train", 1, 2), ("train", 2, 1)])

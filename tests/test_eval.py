@@ -269,7 +269,8 @@ def recalls(*values):
 
 def write_run(folder, mR, **changes):
     """A finished run's metrics.json with given figures; changes are of its settings, or minutes and memory_gb."""
-    settings = {"dataset": "ucm", "data_root": "x/ucm_precomp", "model": "ViT-B/32",
+    settings = {"dataset": "ucm", "data_root": "x/ucm_precomp", "model": "ViT-B/32", "image_size": 224,
+                "activation": "quick_gelu",
                 "method": "mrs", "train": "method", "loss": "hmmc", "mask_same": False, "lr": 0.0002, "seed": 0,
                 "out": str(folder), "sizes": {"bottleneck": 64}, **changes}
     run = {"minutes": settings.pop("minutes", 1.0), "memory_gb": settings.pop("memory_gb", 1.0), "split": "test",
@@ -353,6 +354,8 @@ def test_a_masked_loss_has_no_published_figure(tmp_path):
 def test_each_clip_has_its_zero_shot_row(tmp_path):
     rows = summary(write_run(tmp_path / "a", 30.0), write_run(tmp_path / "b", 31.0, model="ViT-L/14"))
     assert [row[""] for row in rows[1:3]] == ["zero-shot, model ViT-B/32", "zero-shot, model ViT-L/14"]
+    rows = summary(tmp_path / "a", write_run(tmp_path / "b", 31.0, image_size=336))
+    assert [row[""] for row in rows[1:3]] == ["zero-shot, image_size 224", "zero-shot, image_size 336"]
 
 
 def test_rows_are_sorted_by_the_headline_figure_below_chance(tmp_path):
@@ -488,7 +491,7 @@ def world(tmp_path_factory):
     settings = dict(dataset="precomp", data_root=str(folder / "aerial"), model="from scratch", image_size=32,
                     activation="quick_gelu", method="none", train="all", loss="contrastive", mask_same=False, sizes={},
                     precision="fp32", trained_parameters=1)
-    shared = dict(merges=tokenizer.merges, activation="quick_gelu", fingerprint=eval.fingerprint(model))
+    shared = dict(merges=tokenizer.merges, activation="quick_gelu", fingerprint=eval.fingerprint(model), epoch=3)
     (folder / "clip").mkdir()
     saved = dict(shared, settings=settings, trained={}, state_dict=model.openai_state_dict())
     torch.save(saved, folder / "clip/best.pt")
@@ -506,7 +509,7 @@ def world(tmp_path_factory):
 def test_a_run_loads_as_it_was_saved(world):
     plain, (model, tokenizer, settings) = clip.load_clip(world / "clip"), eval.load_run(world / "mrs")
     saved = torch.load(world / "mrs/best.pt", weights_only=True)
-    assert settings == saved["settings"] | {"fingerprint": eval.fingerprint(plain)}
+    assert settings == saved["settings"] | {"fingerprint": eval.fingerprint(plain), "epoch": 3}
     adapters.add_method(plain, "mrs", bottleneck=8)
     adapters.load_trainable(plain, saved["trained"])
     images = torch.rand(2, 3, 32, 32)
@@ -535,8 +538,6 @@ def faulty(world, tmp_path, fault):
         saved["fingerprint"] = "0" * 16
     if fault == "last.pt":
         saved = {"settings": saved["settings"], "learned": {}}
-    if fault == "another version":
-        del saved["settings"]["sizes"]
     if fault == "another method":
         saved["settings"]["method"] = "perceptron"
     if fault == "code in it":
@@ -548,7 +549,7 @@ def faulty(world, tmp_path, fault):
 @pytest.mark.parametrize("fault, words", [
     ("truncated", "cannot be loaded"), ("a CLIP", "no checkpoint of train.py"),
     ("another CLIP", "trained on other weights than those now in"), ("last.pt", "lacks trained, merges, fingerprint"),
-    ("another version", "lacks sizes"), ("another method", "no method 'perceptron'"),
+    ("another method", "no method 'perceptron'"),
     ("code in it", "which weights do not need, and nothing was run")])
 def test_a_faulty_run_is_one_line_that_names_the_fault(world, tmp_path, fault, words):
     with pytest.raises(ValueError) as error:
@@ -702,6 +703,26 @@ def test_features_of_another_model_are_not_reused(world, tmp_path, capsys):
                    "--out", str(tmp_path / "sheet.png"), "--device", "cpu"])
     first, second = (found(part) for part in capsys.readouterr().out.split("written")[:2])
     assert len(list((tmp_path / "cache").iterdir())) == 2 and first != second
+
+
+def test_features_of_another_activation_are_not_reused(world, gallery, tmp_path, capsys):
+    torch.save(eval.load_checkpoint(world / "clip")["state_dict"], tmp_path / "clip.pt")
+    tokenizer = eval.load_run(world / "clip")[1]
+    for activation in ("quick_gelu", "gelu"):
+        model = clip.load_clip(tmp_path / "clip.pt", activation=activation)
+        args = eval.parse([str(tmp_path / "clip.pt"), "--query", "a boat", "--gallery", str(gallery), "--cache",
+                           str(tmp_path / "cache"), "--out", str(tmp_path / "sheet.png")])
+        eval.search(args, model, tokenizer, {"precision": "fp32"})
+    first, second = (found(part) for part in capsys.readouterr().out.split("written")[:2])
+    assert len(list((tmp_path / "cache").iterdir())) == 2 and first != second
+
+
+def test_a_search_leaves_out_what_is_not_there(world, gallery, tmp_path, capsys):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.png").symlink_to(gallery / "more/000004.png")
+    (tmp_path / "links/gone.png").symlink_to(tmp_path / "nothing.png")
+    ranks = run_search(world, tmp_path, capsys, "--query", "a boat", "--gallery", tmp_path / "links")
+    assert [row[2] for row in ranks] == ["a.png"]
 
 
 # ---------------------------------------------------------------- the command line

@@ -36,7 +36,6 @@ import os
 import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import socket
@@ -315,8 +314,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
     process.join()
     step = state(tmp_path / "run/last.pt")["step"]
     assert process.exitcode == 130 and step >= 10 and "Traceback" not in text
-    again = shlex.join([*map(str, flags), "--epochs", "100000", "--out", str(tmp_path / "run"), "--resume"])
-    assert text.splitlines()[-1] == f"stopped at step {step}; to go on: train.py {again}"
+    assert text.splitlines()[-1] == f"stopped at step {step}; to go on: python train.py --resume --out {tmp_path}/run"
 
 
 def test_ctrl_c_twice_ends_at_once(world, tmp_path):
@@ -533,11 +531,11 @@ def cut(path):
 
 
 @pytest.mark.parametrize("fault, changed, words", [
-    (None, ["--lr", "1e-4"], "has --lr 0.001, not 0.0001: resume it with its own settings"),
-    (None, ["--method", "adapter"], "has --method mrs, not adapter"),
-    (None, ["--bottleneck", "4"], "has --bottleneck None, not 4"),
-    (None, ["--train", "method"], "has --train all, not method"),
-    (None, ["--image-size", "48"], "has --image-size 32, not 48"),
+    (None, ["--lr", "1e-4"], "--lr 0.0001: the run that this one goes on from has 0.001; leave the flag out"),
+    (None, ["--method", "adapter"], "--method adapter: the run that this one goes on from has mrs"),
+    (None, ["--bottleneck", "4"], "--bottleneck 4: the run that this one goes on from has None"),
+    (None, ["--train", "method"], "--train method: the run that this one goes on from has all"),
+    (None, ["--image-size", "48"], "--image-size 48: the run that this one goes on from has 32"),
     (lambda run: cut(run / "last.pt"), [], "last.pt"),
     (lambda run: os.truncate(run / "last.pt", 0), [], "last.pt"),
     (lambda run: cut(run / "best.pt"), [], "best.pt"),
@@ -551,7 +549,7 @@ def test_a_wrong_checkpoint_to_resume_is_one_line(world, unbroken, tmp_path, mon
         fault(tmp_path / "run")
     before = [path.read_bytes() for path in sorted((tmp_path / "run").glob("*.pt"))]
     code, line = command(monkeypatch, capsys, *unbroken[0], "--out", tmp_path / "run", "--resume", *changed)
-    assert code == 2 and str(tmp_path / "run") in line and words in line, line
+    assert code == 2 and words in line and (changed or str(tmp_path / "run") in line), line
     assert before == [path.read_bytes() for path in sorted((tmp_path / "run").glob("*.pt"))]
 
 
@@ -630,7 +628,7 @@ def test_flags_against_the_run_in_init_are_one_line(world, unbroken, tmp_path, m
     flags = [*world[1][:4], "--init", unbroken[1]]
     for wrong in (["--method", "lora"], ["--image-size", "48"], ["--model", "ViT-B/32"], ["--bottleneck", "3"]):
         code, line = command(monkeypatch, capsys, *flags, *wrong)
-        assert code == 2 and f"{' '.join(wrong)}: the run in --init has " in line
+        assert code == 2 and f"{' '.join(wrong)}: the run that this one goes on from has " in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -124,7 +124,7 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_same_end(world, tmp_path, 
     saved = state(tmp_path / "broken/last.pt")
     assert saved["step"] == 8
     torch.save(saved | {"seconds": 6000.0}, tmp_path / "broken/last.pt")
-    run(*flags, "--out", tmp_path / "broken", "--resume")
+    run("--out", tmp_path / "broken", "--resume")
     assert 100 < json.loads((tmp_path / "broken/metrics.json").read_text())["minutes"] < 101     # both parts of it
     whole, resumed = state(tmp_path / "whole/last.pt"), state(tmp_path / "broken/last.pt")
     assert all(torch.equal(value, resumed["learned"][name]) for name, value in whole["learned"].items())
@@ -186,8 +186,35 @@ def test_each_mistake_is_one_line_and_nothing_is_written(world, tmp_path, monkey
 def test_other_settings_do_not_resume(world, tmp_path):
     _, flags = world
     run(*flags, "--out", tmp_path / "run")
-    with pytest.raises(ValueError, match="has --lr 0.0002, not 0.1"):
+    with pytest.raises(ValueError, match="--lr 0.1: the run .* has 0.0002; leave the flag out"):
         run(*flags, "--out", tmp_path / "run", "--resume", "--lr", 0.1)
+    with pytest.raises(FileNotFoundError, match="runn/last.pt is not there: repeat the flags that the run began with"):
+        run("--out", tmp_path / "runn", "--resume")
+
+
+def test_a_run_whose_data_grew_is_not_resumed(world, tmp_path):
+    _, flags = world
+    data.write_world(tmp_path / "more", data.draw_aerial, images=50, test=12, seed=5)
+    run(*flags, "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match="run/last.pt does not fit this run: .* the data or the number of processes"):
+        run("--out", tmp_path / "run", "--resume", "--data-root", tmp_path / "more")
+
+
+def test_a_resumed_run_shows_its_own_settings_in_help(world, tmp_path, monkeypatch, capsys):
+    _, flags = world
+    run(*flags, "--lr", "0.00321", "--epochs", "1", "--out", tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), "--resume", "--help"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "0.00321" in capsys.readouterr().out
+
+
+def test_a_clip_from_scratch_has_the_activation_asked_for(world, tmp_path):
+    _, flags = world
+    run(*flags[:4], "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive", "--epochs", "1",
+        "--batch-size", "16", "--activation", "gelu", "--out", tmp_path / "run")
+    assert eval.load_run(tmp_path / "run")[0].config.activation == "gelu"
 
 
 def test_an_adapter_on_another_clip_is_refused(world, tmp_path, monkeypatch, capsys):
@@ -381,7 +408,7 @@ def test_without_val_the_last_epoch_is_taken_and_without_test_val_is_measured(wo
 def test_what_contradicts_the_run_in_init_is_refused(people, tmp_path, monkeypatch, capsys):
     folder, flags, _ = people
     code, error = command(monkeypatch, capsys, train, *flags, "--init", folder / "stage1", "--method", "mrs")
-    assert code == 2 and "--method mrs: the run in --init has prompts" in error
+    assert code == 2 and "--method mrs: the run that this one goes on from has prompts" in error
     code, error = command(monkeypatch, capsys, train, *flags, "--init", tmp_path / "nothing")
     assert code == 2 and "nothing" in error and "Traceback" not in error
 
