@@ -172,17 +172,15 @@ def add_adapter(wrapper, adapter, model, shared, **sizes):
 # ------------------------------------------------------------------------------------------------- prompts
 
 def with_prompts(inner, x, prompts, keep):
-    """Run `inner` on x with m prompts behind x's first token (class token or SOT), and take them out after its
-    last attention; its last MLP would be run for them in vain.
+    """Run `inner` on x with m prompts behind x's first token (class token or SOT), and take them out before its
+    last MLP, which would be run for them in vain.
 
     Outside nothing moves: EOT stays where the tower looks for it, and the image tokens keep their grid. The
     text is causal, so the words see the prompts and SOT does not.
     """
     tokens = prompts.to(x.dtype).expand(len(x), -1, -1)                       # (B, m, C)
-
-    def keep_words(x):
-        return keep(torch.cat([x[:, :1], x[:, 1 + len(prompts):]], dim=1))    # (B, L + m, C) -> (B, L, C)
-    return inner(torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1), keep_words)
+    x = torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)                        # (B, L + m, C)
+    return inner(x, lambda x: keep(torch.cat([x[:, :1], x[:, 1 + len(prompts):]], dim=1)))      # (B, L, C)
 
 
 class Prompted(nn.Module):
@@ -250,8 +248,7 @@ class CoupledPrompted(nn.Module):
         self.couple = nn.Linear(text_prompts.shape[1], width)
 
     def forward(self, x, keep=nn.Identity()):
-        prompts = self.couple(self.text_prompts)                              # (m, C of the images)
-        return with_prompts(self.inner, x, prompts, keep)
+        return with_prompts(self.inner, x, self.couple(self.text_prompts), keep)    # prompts (m, C of the images)
 
 
 def add_maple(model, prompt_length, prompt_depth):

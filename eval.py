@@ -116,8 +116,9 @@ def places(tied, own_tied):
         i += 1
 
 
-def hit_rates(above, tied, own_tied):
-    """Percentage of queries with an own item in the top 1, 5, 10 -> [R@1, R@5, R@10]; counts of the best own items."""
+def hit_rates(counts):
+    """Percentage of queries with an own item in the top 1, 5, 10 -> [R@1, R@5, R@10], from what `count_ties` gives."""
+    above, tied, _, own_tied = (count[:, -1] for count in counts)             # of the best own item
     hits = torch.zeros(len(KS), dtype=torch.float64)
     for i, probability in itertools.islice(places(tied, own_tied), max(KS)):
         hits += torch.stack([(probability * (above + i < k)).mean() for k in KS])
@@ -149,8 +150,7 @@ def retrieval_metrics(similarity, image_of_caption):
     similarity, captions = as_matrix(similarity), image_of_caption
     images, recalls = range(similarity.shape[0]), []
     for way in ((similarity, images, captions), (similarity.T, captions, images)):
-        above, tied, _, own_tied = (count[:, -1] for count in count_ties(*way))     # of the best own item
-        recalls += hit_rates(above, tied, own_tied)
+        recalls += hit_rates(count_ties(*way))
     return {**dict(zip(RECALLS, recalls)), "mR": sum(recalls) / 6}
 
 
@@ -163,8 +163,7 @@ def reid_metrics(similarity, query_ids, gallery_ids):
     Raises ValueError for NaN, shapes that do not fit, or a query without an item of its id.
     """
     counts = count_ties(as_matrix(similarity), query_ids, gallery_ids)
-    above, tied, _, own_tied = (count[:, -1] for count in counts)             # of the best own item
-    metrics = dict(zip(("R1", "R5", "R10"), hit_rates(above, tied, own_tied)))
+    metrics = dict(zip(("R1", "R5", "R10"), hit_rates(counts)))
     metrics["mAP"] = 100 * expected_precision(*counts).mean().item()
     P = (counts[1] > 0).sum(dim=1)
     above, tied, _, own_tied = (count.gather(1, count.shape[1] - P[:, None])[:, 0] for count in counts)     # the worst
