@@ -248,15 +248,18 @@ def freeze_in_bf16(model):
 
 
 def encode_views(tower, inputs, views, dropout):
-    """Features of a batch in one forward, for HMMC of two views: (B, ...) -> [(B, D)] * views, not normalised.
+    """Features of a batch in one forward, for HMMC of two views: (B, ...) -> views x (B, D), not normalised.
 
     The second view (PE-RSITR) is the same tokens with element-wise dropout between the embedding and the first block.
     """
     x = tower.embed(inputs)
     if views == 2:
         x = torch.cat([x, F.dropout(x, dropout)])
-    x = tower.transformer(x, keep=lambda x: torch.cat([tower.pick(view, inputs) for view in x.chunk(views)]))
-    return [tower.head(view) for view in tower.project(x).chunk(views)]       # x: (views B, 1, C)
+
+    def pick(x):
+        return torch.cat([tower.pick(view, inputs) for view in x.chunk(views)])
+    x = tower.transformer(x, keep=pick)                                       # (views B, 1, C)
+    return tower.head(tower.project(x)).chunk(views)
 
 
 def encode(model, args, images, tokens, dropout=0.2):
