@@ -1,7 +1,7 @@
 """Training: a data set x a CLIP x a method x what learns x a loss, in one plain loop.
 
     python train.py                 no data, no network: draws two worlds, pre-trains a tiny CLIP on the one and moves
-                                    it to the other, by an MRS-Adapter and by full fine-tuning; three to four minutes
+                                    it to the other, by an MRS-Adapter and by full fine-tuning; about three minutes
     python train.py --dataset ucm --data-root ucm_precomp                           the first paper: MRS + HMMC
     python train.py --dataset ucm --data-root ucm_precomp --method none --train backbone --loss contrastive
     python train.py --dataset CUHK-PEDES --data-root CUHK-PEDES --out runs/stage1   the second paper, stage 1
