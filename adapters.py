@@ -8,8 +8,8 @@ Papers: "Parameter-Efficient Transfer Learning for Remote Sensing Image-Text Ret
 
 CLIP knows nothing of this file. A method goes in by one of three moves, and that is the whole mechanism:
 1. wrap a block: a module holds it as `.inner` and restates its two lines with the method in place; between them
-   `keep` gives the tokens that the MLP is run for, which are all, but in the last block only the one read;
-2. wrap a block or the transformer with `Prompted`: learned tokens go in before it and come out after;
+   `keep` gives the tokens that the MLP is run for: all, but in the last block only the one that is read;
+2. wrap a block or the transformer with `Prompted`: learned tokens go in before it and come out before its last MLP;
 3. set `tower.head`.
 Reads in two parts: the mechanism with the two papers' methods, then the rest of the table. The default sizes
 (METHODS, at the end) give the counts of arXiv 2308.12509: most adapters are one module for all blocks.
@@ -180,7 +180,7 @@ def with_prompts(inner, x, prompts, keep):
     """
     tokens = prompts.to(x.dtype).expand(len(x), -1, -1)                       # (B, m, C)
     x = torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)                        # (B, L + m, C)
-    return inner(x, lambda x: keep(torch.cat([x[:, :1], x[:, 1 + len(prompts):]], dim=1)))      # (B, L, C)
+    return inner(x, lambda x: keep(torch.cat([x[:, :1], x[:, 1 + len(prompts):]], dim=1)))      # keep(B, L, C)
 
 
 class Prompted(nn.Module):

@@ -364,8 +364,8 @@ def average(runs):
     for run in runs:
         settings = {name: value for name, value in run["settings"].items() if name not in INCIDENTAL}
         settings["init"] = bool(run["settings"].get("init"))        # from which run may differ from seed to seed
+        plain = {name: settings[name] for name in ("model", "image_size", "activation")}
         for row in run["rows"]:
-            plain = {name: settings[name] for name in ("model", "image_size", "activation")}
             key = settings if row[1] else plain if row[1] == 0 else {}
             seeds = groups.setdefault((row[0], json.dumps(key, sort_keys=True)), {})
             seeds[run["settings"]["seed"]] = row, run           # of one seed that was run twice, the last

@@ -148,8 +148,9 @@ INHERITED = ("model", "method", "image_size", "activation", *SIZES)             
 def inherited(first):
     """Settings that another run brings: with --resume all of the run's own, with --init those of its model."""
     if first.resume and first.out and (last := Path(first.out) / "last.pt").is_file():
-        own = {name: vars(first)[name] for name in ("out", "resume", "device")}
-        return eval.load_checkpoint(last)["settings"] | own
+        settings = eval.load_checkpoint(last)["settings"]
+        device = settings["device"] if settings["device"] in eval.DEVICES else first.device
+        return settings | {"out": first.out, "resume": True, "device": device}
     if not first.init:
         return {}
     saved = eval.load_checkpoint(first.init)
@@ -164,7 +165,8 @@ def parse(argv):
     first = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
     defaults, start = {"warmup": 0.0} | recipe(first), inherited(first)
     if first.resume and first.out and "out" not in start and not any(flag.startswith("--dataset") for flag in argv):
-        raise FileNotFoundError(f"{first.out}/last.pt is not there: repeat the flags that the run began with")
+        raise FileNotFoundError(f"{first.out}/last.pt is not there: repeat the flags that the run began with, at least "
+                                "--dataset")
     defaults["warmup"] = min(defaults["warmup"], first.epochs)
     parser.set_defaults(**defaults | start)
     args = parser.parse_args(argv)
@@ -175,7 +177,7 @@ def parse(argv):
     if args.precision == "auto":
         args.precision = start.get("precision", "auto")         # measured when that run began
     for name, value in start.items():
-        if getattr(args, name) != value and name != "data_root":
+        if getattr(args, name) != value and name not in ("data_root", "device"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run that this one goes on from "
                              f"has {value}; leave the flag out")
     check(args)
@@ -455,22 +457,21 @@ def prepare(args):
     return run
 
 
-def keep(run):
+def save_last(run):
     """Write last.pt, from which --resume goes on."""
     run.kept = time.time()
     if losses.rank() == 0:
         save(Path(run.args.out) / "last.pt",
              dict(settings=vars(run.args), learned={name: p.detach() for name, p in run.learned.items()},
-                  optimizer=run.optimizer.state_dict(), step=run.step, steps=run.steps, history=run.history,
-                  sums=run.sums, seconds=time.time() - run.began))
+                  optimizer=run.optimizer.state_dict(), step=run.step, history=run.history, sums=run.sums,
+                  data=[run.steps, int(run.tokens.sum())], seconds=time.time() - run.began))
 
 
 def restore(run, saved):
-    """Put the state that `keep` wrote back."""
+    """Put the state that `save_last` wrote back."""
     shapes = [{name: p.shape for name, p in learned.items()} for learned in (saved.get("learned", {}), run.learned)]
-    if shapes[0] != shapes[1] or saved["steps"] != run.steps:
-        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none of its, or the data or the number "
-                         "of processes have changed")
+    if shapes[0] != shapes[1] or saved.get("data") != [run.steps, int(run.tokens.sum())]:
+        raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none of its, or the data has changed")
     for name, value in saved["learned"].items():
         run.learned[name].data.copy_(value)
     run.optimizer.load_state_dict(saved["optimizer"])
@@ -543,7 +544,7 @@ def train_epoch(run):
         if stopped(run):
             break
         if time.time() - run.kept > SAVE_EVERY and run.step % run.steps:      # at an epoch's end validation comes first
-            keep(run)
+            save_last(run)
         fetched = time.time()
     seconds = time.time() - began
     return min(args.batch_size * (run.steps - done), len(order)) / seconds, waited / seconds
@@ -568,7 +569,7 @@ def validate(run, speed, waited, left):
             save_best(run, epoch)
         lines = [",".join(row), *(",".join(map(str, old.values())) for old in run.history)]
         save(Path(args.out) / "log.csv", "\n".join(lines) + "\n")
-    keep(run)
+    save_last(run)
     terms = " ".join(f"{name} {row[name]:.3f}" for name in row if "-" in name or name in ("sdm", "id"))
     say(run, f"epoch {epoch:3d}/{args.epochs}  loss {row['loss']:.4f}{terms and f' ({terms})'}  lr {row['lr']:.1e}"
              f"{score} {speed:5.0f} img/s  wait {100 * waited:.1f} %  mem {memory():.1f} GB  "
@@ -647,7 +648,7 @@ def train(flags):
     while run.step < args.epochs * run.steps:
         speed, waited = train_epoch(run)
         if run.step % run.steps:
-            keep(run)
+            save_last(run)
         else:
             left = (time.time() - clock) / (run.step - first) * (args.epochs * run.steps - run.step)
             validate(run, speed, waited, left)

@@ -183,9 +183,9 @@ def test_what_is_hooked_is_called_and_the_last_block_gives_the_token_that_is_rea
         for module in (tower.transformer, *tower.transformer.resblocks):
             module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
         tower(inputs)
-        width = len(tower.transformer.resblocks) - 1
-        assert shapes[-2:] == [(len(inputs), 1)] * 2 and len(shapes) == width + 2
-        assert all(length > 1 for _, length in shapes[:width])
+        before = len(tower.transformer.resblocks) - 1
+        assert shapes[-2:] == [(len(inputs), 1)] * 2 and len(shapes) == before + 2
+        assert all(length > 1 for _, length in shapes[:before])
         shapes.clear()
 
 

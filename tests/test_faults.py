@@ -123,7 +123,7 @@ def before(n, module, name, action):
 
 
 def die_before(n, function):
-    """Fault: kill -9 right before the n-th call of a function, such as "train.keep"."""
+    """Fault: kill -9 right before the n-th call of a function, such as "train.save_last"."""
     module, name = function.split(".")
     before(n, sys.modules[module], name, die)
 
@@ -283,7 +283,7 @@ def test_killed_at_the_worst_moments_a_run_still_ends_as_the_unbroken_one(unbrok
             ("between the last step of an epoch and its validation", save_every_step,
              partial(die_before, 1, "train.validate")),
             ("in best.pt", partial(half_written, 1)),
-            ("between best.pt and last.pt", partial(die_before, 1, "train.keep")),
+            ("between best.pt and last.pt", partial(die_before, 1, "train.save_last")),
             ("in the second epoch", partial(die_before, 3, "train.train_step")),
             ("after the last epoch", partial(die_before, 1, "train.test")),
             ("at the end of the test", partial(die_before, 1, "eval.plot_curve"))):

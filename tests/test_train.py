@@ -196,8 +196,11 @@ def test_a_run_whose_data_grew_is_not_resumed(world, tmp_path):
     _, flags = world
     data.write_world(tmp_path / "more", data.draw_aerial, images=50, test=12, seed=5)
     run(*flags, "--out", tmp_path / "run")
-    with pytest.raises(ValueError, match="run/last.pt does not fit this run: .* the data or the number of processes"):
+    with pytest.raises(ValueError, match="run/last.pt does not fit this run: .* the data has changed"):
         run("--out", tmp_path / "run", "--resume", "--data-root", tmp_path / "more")
+    data.write_world(tmp_path / "others", data.draw_aerial, images=36, test=12, seed=6)     # as many, others
+    with pytest.raises(ValueError, match="run/last.pt does not fit this run: .* the data has changed"):
+        run("--out", tmp_path / "run", "--resume", "--data-root", tmp_path / "others")
 
 
 def test_a_resumed_run_shows_its_own_settings_in_help(world, tmp_path, monkeypatch, capsys):
@@ -208,6 +211,15 @@ def test_a_resumed_run_shows_its_own_settings_in_help(world, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         train.main()
     assert "0.00321" in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_on_its_device_if_that_is_there(tmp_path, monkeypatch):
+    settings = vars(train.parse([])) | {"device": "cuda:1"}
+    torch.save({"settings": settings}, tmp_path / "last.pt")
+    flags = ["--resume", "--out", str(tmp_path)]
+    assert train.parse(flags).device == train.parse([]).device or "cuda:1" in eval.DEVICES
+    monkeypatch.setattr(eval, "DEVICES", ["cpu", "cuda", "cuda:0", "cuda:1"])
+    assert train.parse(flags).device == "cuda:1"
 
 
 def test_a_clip_from_scratch_has_the_activation_asked_for(world, tmp_path):
