@@ -356,6 +356,8 @@ def test_each_clip_has_its_zero_shot_row(tmp_path):
     assert [row[""] for row in rows[1:3]] == ["zero-shot, model ViT-B/32", "zero-shot, model ViT-L/14"]
     rows = summary(tmp_path / "a", write_run(tmp_path / "b", 31.0, image_size=336))
     assert [row[""] for row in rows[1:3]] == ["zero-shot, image_size 224", "zero-shot, image_size 336"]
+    rows = summary(tmp_path / "a", write_run(tmp_path / "b", 31.0, activation="gelu"))
+    assert {row[""] for row in rows[1:3]} == {"zero-shot, activation quick_gelu", "zero-shot, activation gelu"}
 
 
 def test_rows_are_sorted_by_the_headline_figure_below_chance(tmp_path):
