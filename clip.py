@@ -314,7 +314,7 @@ def download(url, sha256):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"cannot download {url} ({error}): put that file at {path}") from None
-    if hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != sha256:
+    if path.stat().st_size == 0 or hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != sha256:
         raise ValueError(f"{path} is damaged, its sha256 is not {sha256}: delete it and run again")
     return path
 

@@ -823,9 +823,10 @@ def test_without_network_one_line_says_which_file_to_put_where(shelf, monkeypatc
 
 def test_a_damaged_file_in_the_cache_is_not_used(shelf):
     clip.load_clip("ViT-B/32")
-    (shelf / "cache" / "small.pt").write_bytes(b"PK half a file")
-    with pytest.raises(ValueError, match="is damaged, its sha256 is not .*: delete it and run again"):
-        clip.load_clip("ViT-B/32")
+    for content in (b"PK half a file", b""):
+        (shelf / "cache" / "small.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged, its sha256 is not .*: delete it and run again"):
+            clip.load_clip("ViT-B/32")
 
 
 # ---------------------------------------------------------------------------------------------- command line
