@@ -195,7 +195,7 @@ def test_other_settings_do_not_resume(world, tmp_path):
 def test_a_run_whose_data_grew_is_not_resumed(world, tmp_path):
     _, flags = world
     data.write_world(tmp_path / "more", data.draw_aerial, images=50, test=12, seed=5)
-    run(*flags, "--out", tmp_path / "run")
+    run(*flags, "--epochs", "1", "--out", tmp_path / "run")
     with pytest.raises(ValueError, match="run/last.pt does not fit this run: .* the data has changed"):
         run("--out", tmp_path / "run", "--resume", "--data-root", tmp_path / "more")
     data.write_world(tmp_path / "others", data.draw_aerial, images=36, test=12, seed=6)     # as many, others
@@ -203,11 +203,9 @@ def test_a_run_whose_data_grew_is_not_resumed(world, tmp_path):
         run("--out", tmp_path / "run", "--resume", "--data-root", tmp_path / "others")
 
 
-def test_a_resumed_run_shows_its_own_settings_in_help(world, tmp_path, monkeypatch, capsys):
-    _, flags = world
-    run(*flags, "--lr", "0.00321", "--epochs", "1", "--out", tmp_path / "run")
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), "--resume", "--help"])
+def test_a_resumed_run_shows_its_own_settings_in_help(tmp_path, monkeypatch, capsys):
+    torch.save({"settings": vars(train.parse([])) | {"lr": 0.00321}}, tmp_path / "last.pt")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--resume", "--help"])
     with pytest.raises(SystemExit):
         train.main()
     assert "0.00321" in capsys.readouterr().out
@@ -222,11 +220,10 @@ def test_a_run_is_resumed_on_its_device_if_that_is_there(tmp_path, monkeypatch):
     assert train.parse(flags).device == "cuda:1"
 
 
-def test_a_clip_from_scratch_has_the_activation_asked_for(world, tmp_path):
-    _, flags = world
-    run(*flags[:4], "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive", "--epochs", "1",
-        "--batch-size", "16", "--activation", "gelu", "--out", tmp_path / "run")
-    assert eval.load_run(tmp_path / "run")[0].config.activation == "gelu"
+def test_a_clip_from_scratch_has_the_activation_asked_for():
+    for flags, activation in (([], "quick_gelu"), (["--activation", "gelu"], "gelu")):
+        args = train.parse(["--model", "tiny", "--method", "none", "--train", "all", "--device", "cpu", *flags])
+        assert train.build(args, ["two boats"])[0].config.activation == activation
 
 
 def test_an_adapter_on_another_clip_is_refused(world, tmp_path, monkeypatch, capsys):
