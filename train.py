@@ -454,6 +454,8 @@ def prepare(args):
         raise ValueError(f"{rows} pairs in batches of {args.batch_size} are less than one a batch for each of "
                          f"{losses.world()} processes: start fewer, or raise --batch-size")
     run.steps = rows // args.batch_size + (rows % args.batch_size >= losses.world())       # of an epoch
+    # what a last.pt must agree in to be resumed
+    run.fits = [run.steps, int(run.tokens.sum()), {name: list(p.shape) for name, p in run.learned.items()}]
     return run
 
 
@@ -464,13 +466,12 @@ def save_last(run):
         save(Path(run.args.out) / "last.pt",
              dict(settings=vars(run.args), learned={name: p.detach() for name, p in run.learned.items()},
                   optimizer=run.optimizer.state_dict(), step=run.step, history=run.history, sums=run.sums,
-                  data=[run.steps, int(run.tokens.sum())], seconds=time.time() - run.began))
+                  fits=run.fits, seconds=time.time() - run.began))
 
 
 def restore(run, saved):
     """Put the state that `save_last` wrote back."""
-    shapes = [{name: p.shape for name, p in learned.items()} for learned in (saved.get("learned", {}), run.learned)]
-    if shapes[0] != shapes[1] or saved.get("data") != [run.steps, int(run.tokens.sum())]:
+    if saved.get("fits") != run.fits:
         raise ValueError(f"{run.args.out}/last.pt does not fit this run: it is none of its, or the data has changed")
     for name, value in saved["learned"].items():
         run.learned[name].data.copy_(value)
