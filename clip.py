@@ -1,16 +1,12 @@
-"""CLIP from scratch: two transformers that put pictures and sentences into one space.
+"""CLIP from scratch: two transformers that put images and captions into one space.
 
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020.
+Three parts: the model; pixels and words (preprocess, Tokenizer); weight files (load_clip).
+Facts that bite: a caption ends in EOT, where its feature is read; attention in the text tower is causal, so
+nothing after EOT matters; OpenAI's models use QuickGELU, many of open_clip's GELU; all heads are 64 wide.
 
-Reads in three parts: the model; pictures and words (preprocess, Tokenizer); other people's weight files.
-Facts that bite: captions end in EOT, and the text feature is read there; attention in the text tower is
-causal, so nothing after EOT matters; OpenAI's models use QuickGELU, many open_clip's GELU; heads are 64 wide.
-
-    python clip.py cat.jpg "a photo of a cat" "a photo of a dog" --model ViT-B/32
-
-Shapes: B batch, L sequence length, C width, H heads, D joint width of both towers.
+Shapes: B batch, L sequence length, C width, H heads, D joint width of both towers, N texts.
 """
-import argparse
 import gzip
 import hashlib
 import html
@@ -19,13 +15,11 @@ import math
 import os
 import pickle
 import re
-import sys
 import unicodedata
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -54,32 +49,19 @@ class CLIPConfig:
     @property
     def grid(self):
         """(rows, columns) of patches."""
-        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
         return height // self.patch_size, width // self.patch_size
 
 
-class QuickGELU(torch.autograd.Function):
-    """x * sigmoid(1.702 x), OpenAI's: not interchangeable with GELU on trained weights. Written as
-    silu(1.702 x) / 1.702, whose two factors cancel in the gradient, which autograd would not see."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = 1.702 * x
-        ctx.save_for_backward(y)
-        return F.silu(y).div_(1.702)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
+def quick_gelu(x):
+    """x * sigmoid(1.702 x), OpenAI's. Weights trained with it do not work with GELU, nor the reverse."""
+    return F.silu(1.702 * x) / 1.702        # the same function; autograd keeps one tensor less
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with OpenAI's parameter names: q, k and v are packed in `in_proj`.
-
-    `forward` is three steps, so that a method can change one: project to q, k, v; attend; project out.
-    """
-
+    """Multi-head self-attention in three steps, so that a method can change one: project, attend, out_proj.
+    The parameters are named as OpenAI's; q, k and v are packed in `in_proj`."""
     def __init__(self, width, causal):
         super().__init__()
         self.heads, self.causal = width // 64, causal
@@ -91,29 +73,28 @@ class Attention(nn.Module):
         return F.linear(x, self.in_proj_weight, self.in_proj_bias)            # (B, L, 3C)
 
     def attend(self, q, k, v):
-        L = q.shape[1]
-        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))     # 3 x (B, H, L, C/H)
+        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))     # (B, H, L, C/H)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             # torch's fused backward is about 4x slower than the written-out product in bf16 on a CPU
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)          # (B, H, L, L)
             if self.causal:
-                scores = scores + torch.full((L, L), float("-inf"), dtype=q.dtype).triu(1)
+                scores = scores + torch.full(scores.shape[2:], float("-inf"), dtype=q.dtype).triu(1)
             x = scores.softmax(dim=-1) @ v                                    # (B, H, L, C/H)
         else:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return x.transpose(1, 2).flatten(2)                                   # (B, L, C)
 
     def forward(self, x):
-        return self.out_proj(self.attend(*self.project(x).chunk(3, dim=-1)))
+        q, k, v = self.project(x).chunk(3, dim=-1)                            # (B, L, C) each
+        return self.out_proj(self.attend(q, k, v))
 
 
 class MLP(nn.Module):
     """Two linear layers with the activation between them, 4x wider inside."""
-
     def __init__(self, width, activation):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.act = QuickGELU.apply if activation == "quick_gelu" else nn.GELU()
+        self.act = {"quick_gelu": quick_gelu, "gelu": F.gelu}[activation]
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):
@@ -121,11 +102,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. The methods of adapters.py wrap it and restate these two lines.
-
-    In attention tokens look at each other; in the MLP each is alone, and it is run for those that `keep` gives.
-    """
-
+    """Pre-norm transformer block. The methods of adapters.py wrap it and restate the lines of `forward`."""
     def __init__(self, width, causal, activation):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -133,18 +110,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, activation)
 
-    def forward(self, x, keep=nn.Identity()):
-        x = keep(x + self.attn(self.ln_1(x)))
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, (B, L, C) -> (B, L, C), or to those tokens that `keep` picks before the last MLP."""
-
+    """A stack of blocks, (B, L, C) -> (B, L, C)."""
     def __init__(self, width, layers, causal, activation):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
-        for block in self.resblocks:    # differs from OpenAI: both towers start as its text tower does; all biases 0
+        self.grad_checkpointing = False     # True: less memory, as backward computes each block once more
+        for block in self.resblocks:        # differs from OpenAI: towers start alike; biases are 0
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -152,35 +129,24 @@ class Transformer(nn.Module):
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, x, keep=nn.Identity()):
-        *blocks, last = self.resblocks
-        for block in blocks:
-            x = block(x)
-        return last(x, keep)
+    def forward(self, x):
+        for block in self.resblocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
 
 
-class Tower(nn.Module):
-    """What both towers are: embed, transformer, pool, head. One token is read: pool picks and projects it."""
-
-    def pool(self, x, inputs=None):     # inputs: what was embedded; the text tower looks for EOT in it
-        return self.project(self.pick(x, inputs))       # (B, L, C) -> (B, 1, C) -> (B, D)
-
-    def forward(self, inputs):
-        """head(pool(transformer(embed(inputs)))), but the last MLP is run for the picked token alone."""
-        x = self.transformer(self.embed(inputs), keep=lambda x: self.pick(x, inputs))       # (B, 1, C)
-        return self.head(self.project(x))
-
-
-class VisionTower(Tower):
+class VisionTower(nn.Module):
     """Normalised images (B, 3, H, W) -> (B, D), the feature at the class token."""
-
     def __init__(self, config):
         super().__init__()
         width, patch, scale = config.vision_width, config.patch_size, config.vision_width ** -0.5
         self.grid = config.grid
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + self.grid[0] * self.grid[1], width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + math.prod(self.grid), width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers, False, config.activation)
         self.ln_post = nn.LayerNorm(width)
@@ -190,27 +156,26 @@ class VisionTower(Tower):
     def embed(self, images):
         x = self.conv1(images)                                                # (B, C, rows, columns)
         if x.shape[2:] != self.grid:
-            raise ValueError(f"pictures of {tuple(images.shape[2:])} pixels make {tuple(x.shape[2:])} patches, this "
-                             f"model reads {self.grid}: give load_clip the image_size")
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels make {tuple(x.shape[2:])} patches, "
+                             f"this model reads {self.grid}: give load_clip the image_size")
         x = x.flatten(2).transpose(1, 2)                                      # (B, patches, C)
         cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-        x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, 1 + patches, C)
+        x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, L = 1 + patches, C)
         return self.ln_pre(x)
 
-    def pick(self, x, images):
-        return x[:, :1]                                                       # the class token
+    def pool(self, x, images):
+        return self.ln_post(x[:, 0]) @ self.proj                              # (B, D), from the class token
 
-    def project(self, x):
-        return self.ln_post(x[:, 0]) @ self.proj
+    def forward(self, images):
+        return self.head(self.pool(self.transformer(self.embed(images)), images))
 
 
-class TextTower(Tower):
-    """Causal transformer: token ids (B, L), zero-padded -> (B, D), the feature at EOT."""
-
+class TextTower(nn.Module):
+    """Causal transformer: token ids (B, L), zero-padded -> (B, D), the feature at the first EOT."""
     def __init__(self, config):
         super().__init__()
         width = config.text_width
-        self.eot = config.vocab_size - 1
+        self.eot = config.vocab_size - 1    # the highest id: argmax finds the first one
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.transformer = Transformer(width, config.text_layers, True, config.activation)
@@ -219,30 +184,25 @@ class TextTower(Tower):
         self.head = nn.Identity()
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def end(self, tokens):
-        """Position of the first EOT in each row, (B,); L where there is none. Ids after it are never read."""
-        found = tokens == self.eot
-        return torch.where(found.any(dim=1), found.int().argmax(dim=1), tokens.shape[1])
-
     def embed(self, tokens):
-        longest = int(self.end(tokens).max()) + 1   # to cut there is exact, as attention is causal
-        if longest > tokens.shape[1]:
-            raise ValueError(f"a text has no EOT, id {self.eot}: use the tokenizer that goes with this model")
-        if longest > len(self.positional_embedding):
-            raise ValueError(f"a text of {longest} tokens is too long for this model: give its tokenizer "
-                             f"context_length={len(self.positional_embedding)}")
-        return self.token_embedding(tokens[:, :longest]) + self.positional_embedding[:longest]  # (B, L, C)
+        # cut after the longest caption's EOT. Exact: attention is causal, so no token sees a later one
+        tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
+        L, limit = tokens.shape[1], len(self.positional_embedding)
+        if L > limit or (tokens.amax(dim=1) != self.eot).any():
+            raise ValueError(f"a text has no EOT, id {self.eot}, in its first {limit} tokens: use this "
+                             "model's tokenizer and context_length")
+        return self.token_embedding(tokens) + self.positional_embedding[:L]   # (B, L, C)
 
-    def pick(self, x, tokens):
-        return x[torch.arange(len(x), device=x.device), self.end(tokens)][:, None]
+    def pool(self, x, tokens):
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]    # (B, C), at EOT
+        return self.ln_final(x) @ self.text_projection                        # (B, D)
 
-    def project(self, x):
-        return self.ln_final(x[:, 0]) @ self.text_projection
+    def forward(self, tokens):
+        return self.head(self.pool(self.transformer(self.embed(tokens)), tokens))
 
 
 class CLIP(nn.Module):
-    """Both towers and the learned temperature; `logit_scale` holds its logarithm."""
-
+    """Both towers and the learned temperature; `logit_scale` holds the logarithm of its inverse."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -260,11 +220,9 @@ class CLIP(nn.Module):
         return F.normalize(self.text(tokens).float(), dim=-1)
 
     def openai_state_dict(self):
-        """CLIP's own tensors under OpenAI's names: for square pictures, loads into OpenAI's CLIP and open_clip.
-
-        A method that wraps a part of CLIP holds it as `.inner`; a method's own tensors are left out.
-        """
-        state = {name.replace("inner.", ""): value for name, value in self.state_dict().items()}
+        """CLIP's own tensors under OpenAI's names: for square images, loads into OpenAI's CLIP and open_clip.
+        A method that wraps a part of CLIP holds it as `.inner`; a method's own tensors are left out."""
+        state = {name.replace("inner.", ""): tensor for name, tensor in self.state_dict().items()}
         return {name.removeprefix("text."): state[name] for name in self.names}
 
 
@@ -278,9 +236,10 @@ SIZES = {   # the published sizes, and two to train from scratch (vocab_size is 
 }
 
 
-# -------------------------------------------------------------------------------------- pictures and words
+# --------------------------------------------------------------------------------------- pixels and words
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # OpenAI's, of RGB
+MEAN = (0.48145466, 0.4578275, 0.40821073)      # OpenAI's, of red, green and blue in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(image, size):
@@ -290,9 +249,9 @@ def preprocess(image, size):
     which the image is resized. EXIF orientation is ignored, as torchvision does.
     """
     if isinstance(size, int):
-        sides = [int(size * side / min(image.size)) for side in image.size]
-        left, top = (round((side - size) / 2) for side in sides)
-        image = image.resize(sides, Image.BICUBIC).crop((left, top, left + size, top + size))
+        width, height = (int(size * side / min(image.size)) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
     else:
         image = image.resize((size[1], size[0]), Image.BICUBIC)
     # RGB comes last: palettes, alpha and 16 bits then turn out as OpenAI's do
@@ -301,195 +260,163 @@ def preprocess(image, size):
 
 def normalize(images):
     """Levels 0 to 255 (B, 3, H, W), uint8 or float -> float32 of about mean 0 and variance 1, same device."""
-    level, mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in ((255.0,), MEAN, STD))
-    return (images / level).sub_(mean).div_(std)    # in this order the bits equal torchvision's
-
-
-def download(url, sha256):
-    """Path of a file of OpenAI's in $CLIP_CACHE or ~/.cache/clip; fetched if not there, its hash checked."""
-    path = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
-    if not path.exists():
-        try:    # torch writes to another name and renames when the hash is right: half a file is never used
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"cannot download {url} ({error}): put that file at {path}") from None
-    if path.stat().st_size == 0 or hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged, its sha256 is not {sha256}: delete it and run again")
-    return path
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return (images / 255 - mean) / std      # in this order the bits equal torchvision's
 
 
 VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz",
-              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")       # its sha256
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
-# OpenAI's pattern needs the package regex for letters \p{L} and numbers \p{N}. In re, \w is \p{L}, \d, _ and
-# NUMBERS, so that both can be written out. U+0345 matches nothing there, nor does it here.
-# differs from OpenAI: letters newer than Python's own Unicode tables are signs here
-NUMBERS = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-SPECIAL = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|"
-ASCII_WORD = re.compile(SPECIAL + r"[a-z]+|[0-9]|[^\sa-z0-9]+")                  # 15 times faster
-WORD = re.compile(SPECIAL + rf"[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]|(?:[^\s\w\u0345]|_)+")
-
+# OpenAI's pattern has \p{L} for letters and \p{N} for numbers, which only the package regex knows. In re, \w
+# is letters, numbers and _, and \d decimal digits; what else is a number, such as a raised 2, is in NUMBERS.
+# differs from OpenAI: from U+3400 on, numbers that are no decimal digits count as letters; letters newer than
+# Python's Unicode tables are signs
+NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
+WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
+                  rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]"     # letters; one number
+                  r"|(?:[^\s\w\u0345]|_)+")                 # signs; OpenAI's pattern passes over U+0345
+CURLY = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
 # BPE works on bytes written as visible characters: Latin-1's as they are, the other 68 from U+0100 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = dict(zip(VISIBLE + sorted({*range(256)} - {*VISIBLE}), map(chr, VISIBLE + [*range(256, 324)])))
-
-# what ftfy.fix_text replaces: C1 controls are Windows-1252, ligatures and half or full width become plain
-FIXES = {c: bytes([c]).decode("cp1252", "ignore") or chr(c) for c in range(0x80, 0xA0)}
-FIXES |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (
-    0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), 0x3000,
-    *range(0xFF01, 0xFFF0))}
-# (but long s + t keeps its long s), quotes become straight, line ends one kind; and what it drops
-FIXES |= {0xFB05: "\u017ft"} | dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'")
-FIXES |= dict.fromkeys(range(0x201C, 0x2020), '"') | dict.fromkeys((13, 0x2028, 0x2029), "\n")
-DROPS = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
-
-
-def entity(match):
-    """What ftfy makes of an HTML entity: names in capitals too, and none of which only a part is a name."""
-    text = html.unescape(match[0])
-    if text == match[0] == match[0].upper():
-        text = html.unescape(match[0].lower()).upper()                        # P&EACUTE;REZ
-    return match[0] if ";" in text and match[0].lower() != "&semi;" else text
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTES = dict(zip(VISIBLE + HIDDEN, map(chr, VISIBLE + [*range(256, 324)])))
 
 
 def words_of(text):
-    """The words OpenAI's tokenizer sees in cleaned, lower-case text: runs of letters, digits, runs of signs.
-
-    differs from OpenAI: ftfy also repairs mojibake (UTF-8 that was read as Latin-1); it stays as it is here.
-    """
-    if not (text.isascii() and text.isprintable() and "&" not in text):       # most captions need nothing
-        lines, tag = text.split("\n"), False
-        for i, line in enumerate(lines):
-            tag, before = tag or "<" in line, None
-            while line != before:
-                before = line
-                line = line if tag else re.sub("&#?[0-9A-Za-z]{1,24};", entity, line)   # ftfy: not in HTML
-                line = line.translate(FIXES)
-                line = line.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-                line = re.sub(r"\033\[[\d;]*[a-zA-Z]", "", line).translate(dict.fromkeys(DROPS))
-                line = unicodedata.normalize("NFC", line)
-            lines[i] = line
-        text = html.unescape(html.unescape("\n".join(lines)))
-    text = " ".join(text.split()).lower()
-    return (ASCII_WORD if text.isascii() else WORD).findall(text)
+    """The words OpenAI's tokenizer sees in a text: runs of letters, single numbers, runs of signs.
+    differs from OpenAI: of what ftfy repairs, only HTML entities, curly quotes and NFC are done here;
+    mojibake, ligatures, full-width letters and control characters stay."""
+    text = html.unescape(html.unescape(text)).translate(CURLY)
+    return WORD.findall(" ".join(unicodedata.normalize("NFC", text).split()).lower())
 
 
 def spell(word):
-    """A word as BPE starts from it: a symbol per UTF-8 byte, the last marked as the word's end. Each has a space
-    on either side, " a  b  c</w> ", so that one replace joins all occurrences of a pair, left to right."""
-    return "".join(f" {BYTES[b]} " for b in word.encode())[:-1] + "</w> "
+    """The symbols BPE starts from, one for each UTF-8 byte, the last one marked: "cat" -> c, a, t</w>."""
+    symbols = [BYTES[byte] for byte in word.encode("utf-8", "replace")]
+    return [*symbols[:-1], symbols[-1] + "</w>"]
 
 
-def join(word, pair):
-    """A spelled word with every occurrence of a pair of symbols made one symbol."""
-    return word.replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
+def merge(symbols, pair):
+    """The symbols with each occurrence of the pair made one, from the left: a, b, a, b -> ab, ab."""
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
 
 
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
 
-    path: None or one of OpenAI's names, for their vocabulary (1.3 MB, fetched once); its .gz file; or a weight
-    file: a run of ours has its own, any other has OpenAI's. merges: instead of a path, a list of "a b" strings.
+    path: None or one of OpenAI's names, for their vocabulary (1.3 MB, fetched once); its .gz file; or weights
+    of which a run of ours may have its own vocabulary. merges: instead of a path, a list of "a b".
     """
-
     def __init__(self, path=None, merges=None):
-        file = None
-        if str(path).endswith(".gz"):
-            file = path
-        elif path is not None and path not in URLS:
-            with loading(path):
-                merges = read_file(path).get("merges")
-        self.merges = merges            # None for OpenAI's
+        is_vocabulary = str(path).endswith(".gz")
+        if path is not None and path not in URLS and not is_vocabulary:
+            merges = read_file(path).get("merges")
+        self.merges = merges                    # None for OpenAI's
         if merges is None:
-            merges = gzip.decompress(Path(file or download(*VOCABULARY)).read_bytes()).decode()
-            merges = merges.split("\n")[1:49152 - 256 - 2 + 1]      # a header first; more follow than CLIP uses
-        merges = [tuple(merge.split()) for merge in merges]
-        self.rank = {pair: i for i, pair in enumerate(merges)}
-        symbols = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()), *map("".join, merges), SOT, EOT]
+            path = path if is_vocabulary else download(*VOCABULARY)
+            with loading(path), gzip.open(path, "rt", encoding="utf-8") as file:
+                lines = file.read().strip().split("\n")
+            merges = lines[1:1 + 49152 - 256 - 2]       # a header first; more follow than CLIP uses
+        pairs = [tuple(line.split()) for line in merges]
+        self.rank = {pair: i for i, pair in enumerate(pairs)}
+        ends = [symbol + "</w>" for symbol in BYTES.values()]
+        symbols = [*BYTES.values(), *ends, *map("".join, pairs), SOT, EOT]
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.vocab_size, self.sot, self.eot = len(symbols), len(symbols) - 2, len(symbols) - 1
-        self.known = {SOT: [self.sot], EOT: [self.eot]}                       # word -> its ids
+        self.known = {SOT: [self.sot], EOT: [self.eot]}     # word -> its ids, filled as words are met
 
     @classmethod
     def train(cls, captions, merges):
         """A Tokenizer with up to `merges` merges learned from captions: the most frequent pair of symbols is
-        joined, again and again (Sennrich et al., arXiv 1508.07909); of equals, the last in the alphabet."""
-        counts = Counter(word for text in captions for word in words_of(text) if word not in (SOT, EOT))
-        words, pairs, learned = {spell(word): n for word, n in counts.items()}, Counter(), []
-
-        def count(word, n):
-            symbols = word.split()
+        merged, again and again (Sennrich et al., arXiv 1508.07909); of equals, the last in the alphabet."""
+        counts = Counter(word for caption in captions for word in words_of(caption))
+        words = [(spell(word), count) for word, count in counts.items() if word not in (SOT, EOT)]
+        pairs, learned = Counter(), []
+        for symbols, count in words:
             for pair in zip(symbols, symbols[1:]):
-                pairs[pair] += n
-
-        for word, n in words.items():
-            count(word, n)
+                pairs[pair] += count
         while len(learned) < merges and any(pairs.values()):
-            best = max(pairs, key=lambda pair: (pairs[pair], pair))
+            most = max(pairs.values())
+            best = max(pair for pair, count in pairs.items() if count == most)
             learned.append(" ".join(best))
-            for word in [word for word in words if join(word, best) != word]:
-                count(word, -words[word])
-                count(join(word, best), words[word])
-                words[join(word, best)] = words.pop(word)
+            for i, (symbols, count) in enumerate(words):
+                if best[0] in symbols:
+                    merged = merge(symbols, best)
+                    words[i] = merged, count
+                    for pair in zip(symbols, symbols[1:]):
+                        pairs[pair] -= count
+                    for pair in zip(merged, merged[1:]):
+                        pairs[pair] += count
         return cls(merges=learned)
 
     def ids_of(self, word):
-        """Ids of a word: of its pairs the one learned first is joined, again and again, until none is known."""
-        joined, last = spell(word), len(self.rank)
-        while True:
-            symbols = joined.split()
-            pair = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, last), default=None)
-            if pair not in self.rank:
-                return [self.ids[symbol] for symbol in symbols]
-            joined = join(joined, pair)
+        """Ids of a word: of its pairs the one learned first is merged, until none is known."""
+        symbols = spell(word)
+        while len(symbols) > 1:
+            first = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+            if first not in self.rank:
+                break
+            symbols = merge(symbols, first)
+        return [self.ids[symbol] for symbol in symbols]
+
+    def encode(self, text):
+        """A text's ids, as many as there are: SOT, those of its words, EOT."""
+        ids = [self.sot]
+        for word in words_of(text):
+            if word not in self.known:
+                self.known[word] = self.ids_of(word)
+            ids += self.known[word]
+        return ids + [self.eot]
+
+    def length(self, text):
+        """Number of a text's tokens with SOT and EOT, before any cut."""
+        return len(self.encode(text))
 
     def __call__(self, texts, context_length=77):
         """Texts (a list, or one) -> int64 (N, context_length): SOT, the text, EOT, then zeros.
-
-        differs from OpenAI: a text that is too long is cut, and EOT kept last; theirs raises.
-        """
+        differs from OpenAI: a text that is too long is cut, and EOT kept last; theirs raises."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
-        for row, text in zip(tokens.numpy(), texts):
-            ids = [self.sot]
-            for word in words_of(text):
-                if word not in self.known:
-                    self.known[word] = self.ids_of(word)
-                ids += self.known[word]
-            ids = [*ids[:context_length - 1], self.eot]
-            row[:len(ids)] = ids
+        for row, text in zip(tokens, texts):
+            ids = self.encode(text)
+            if len(ids) > context_length:
+                ids = ids[:context_length - 1] + [self.eot]
+            row[:len(ids)] = torch.tensor(ids)
         return tokens
 
 
-# ------------------------------------------------------------------------------ other people's weight files
+# ------------------------------------------------------------------------------------------- weight files
 
-URLS = {name: f"https://openaipublic.azureedge.net/clip/models/{file}" for name, file in {
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
-}.items()}
+PUBLISHED = "https://openaipublic.azureedge.net/clip/models/"
+URLS = {    # the folder's name is the file's sha256
+    "ViT-B/32": PUBLISHED + "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": PUBLISHED + "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": PUBLISHED + "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "ViT-L/14@336px":
+        PUBLISHED + "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
+}
+FILES = ("best.pt", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+         "pytorch_model.bin")       # what is looked for in a folder
+DTYPES = {  # of safetensors
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this order
     "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
     "vision_model.": "visual.", "text_model.": "", "embeddings.": "",
     "patch_embedding.": "conv1.", "position_embedding.weight": "positional_embedding",
     "pre_layrnorm.": "ln_pre.", "post_layernorm.": "ln_post.", "final_layer_norm.": "ln_final.",    # sic
     "encoder.layers.": "transformer.resblocks.", "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.",
-    "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
-    "self_attn.out_proj.": "attn.out_proj.", "self_attn.q_proj.": "attn.in_proj_",      # k and v go behind q
+    "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.", "self_attn.": "attn.",
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ALLOWED = {     # all that the pickle in a weight file may name, and what it gets
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, stride, *_:
-        lambda: storage().as_strided(shape, stride, offset),
-    "torch.jit._pickle.restore_type_tag": lambda value, _: value,
-    **{f"torch.jit._pickle.build_{kind}list": list for kind in ("int", "double", "bool", "tensor")},
-    **{f"torch.{name}Storage": getattr(torch, name.lower()) for name in
-       ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")},
-}
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 
 
 @contextmanager
@@ -500,192 +427,250 @@ def loading(path):
     except FileNotFoundError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        reason = " ".join(str(error).split())[:400]
         if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in it
-            reason = "it is damaged or holds more than tensors; nothing was run"
+            named = re.findall(r"GLOBAL (\S+)", reason)
+            reason = f"it is damaged or holds more than tensors {named}; nothing in it was run"
+        elif not isinstance(error, ValueError):
+            reason = f"{type(error).__name__} {reason}"
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
 
 
-class Part(dict):
-    """A TorchScript module without its code: the tensors in it and in its parts, by their dotted names."""
+def download(url, sha256):
+    """Path of a file of OpenAI's in $CLIP_CACHE or ~/.cache/clip; fetched if not there, its hash checked."""
+    path = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
+    if not path.exists():
+        try:    # torch writes to another name and renames when the hash is right: half a file is never used
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(f"cannot download {url} ({error}): put that file at {path}. Other "
+                                    f"weights: --model FILE; they need {VOCABULARY[0]} too") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged, its sha256 is not {sha256}: delete it and run again")
+    return path
 
+
+def find_file(name_or_path):
+    """Path of the weight file that one of OpenAI's names, a file or a folder stands for."""
+    if name_or_path in URLS:
+        return download(URLS[name_or_path], sha256=URLS[name_or_path].split("/")[-2])
+    path = Path(name_or_path)
+    if path.is_dir():
+        names = sorted(file.name for file in path.iterdir())
+        known = [name for name in FILES if name in names]
+        if not known:
+            raise FileNotFoundError(f"{path} has none of {', '.join(FILES)}, but {names[:20]}: give a file")
+        path = path / known[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give a weight file or its folder, or one of "
+                                f"{', '.join(URLS)} (ResNets such as RN50 are not supported)")
+    return path
+
+
+class ScriptModule(dict):
+    """A module of a TorchScript archive without its code: its tensors and its parts' by dotted names."""
     def __setstate__(self, attributes):
         for name, value in attributes.items():
-            if isinstance(value, Part):
+            if isinstance(value, ScriptModule):
                 self.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
-            elif callable(value):
+            elif isinstance(value, torch.Tensor):
                 self[name] = value
 
 
-def read_zip(path):
-    """What torch.save or TorchScript pickled, without running anything: whatever it names besides ALLOWED is
-    refused. Its tensors are functions that read them, so that optimizer states stay in the file."""
-    archive = zipfile.ZipFile(path)
-    folder = next((name[:-8] for name in archive.namelist() if name.endswith("data.pkl")), None)
-    if folder is None:
-        raise ValueError("it is a zip archive without weights: unpack it and give a file of it")
+class ScriptUnpickler(pickle.Unpickler):
+    """Reads a TorchScript archive without running what is in it: its pickle can name these things alone."""
+    KNOWN = {
+        "collections.OrderedDict": dict, "torch.HalfStorage": torch.half, "torch.FloatStorage": torch.float,
+        "torch.DoubleStorage": torch.double, "torch.LongStorage": torch.long, "torch.IntStorage": torch.int,
+        "torch._utils._rebuild_tensor_v2":
+            lambda data, offset, shape, stride, *_: data.as_strided(shape, stride, offset),
+    }
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module.partition(".")[0] == "__torch__":     # a class that TorchScript compiled
-                return Part
-            if f"{module}.{name}" not in ALLOWED:
-                raise ValueError(f"it asks for {module}.{name}, which weights do not need, and nothing was "
-                                 "run; if you trust where it is from, save its state dict alone")
-            return ALLOWED[f"{module}.{name}"]
+    def __init__(self, archive, folder):
+        super().__init__(archive.open(folder + "data.pkl"))
+        self.archive, self.folder = archive, folder
 
-        def persistent_load(self, storage):
-            _, dtype, key, *_ = storage
-            return lambda: torch.frombuffer(bytearray(archive.read(f"{folder}data/{key}")), dtype=dtype)
+    def find_class(self, module, name):
+        if module.split(".")[0] == "__torch__":     # a class that TorchScript compiled
+            return ScriptModule
+        if module == "torch.jit._pickle":           # called on a list or dict to mark its type
+            return lambda value, *_: value
+        if f"{module}.{name}" not in self.KNOWN:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return self.KNOWN[f"{module}.{name}"]
 
-    return Unpickler(archive.open(folder + "data.pkl")).load()
+    def persistent_load(self, storage):
+        _, dtype, key, *_ = storage
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}data/{key}")), dtype=dtype)
 
 
 def read_safetensors(path):
-    """{name: function that reads a tensor}. The file: the length of a JSON header, the header, raw bytes."""
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
+    """{name: tensor}. The file: the length of a JSON header in 8 bytes, the header, the tensors' bytes."""
+    content = np.fromfile(path, np.uint8)
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if start + last > len(content):
+            raise ValueError(f"it is cut short, within {name}")
+        data = torch.from_numpy(content[start + first:start + last].copy())
+        tensors[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
 
-    def read(dtype, shape, data_offsets):
-        first, last = data_offsets
-        data = np.fromfile(path, np.uint8, last - first, offset=start + first)
-        return torch.from_numpy(data).view(DTYPES[dtype]).view(shape)
 
-    return {name: partial(read, **entry) for name, entry in header.items() if name != "__metadata__"}
+def read_zip(path):
+    """What torch.save wrote, or TorchScript, which puts a constants.pkl beside the data.pkl."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("constants.pkl"):
+                return ScriptUnpickler(archive, name.removesuffix("constants.pkl")).load()
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_file(name_or_path):
-    """What a weight file holds: a dict of tensors, or of functions that return one when called, or a dict of
-    settings that has it as "state_dict"."""
-    path = Path(name_or_path)
-    if name_or_path in URLS:
-        path = download(URLS[name_or_path], URLS[name_or_path].split("/")[-2])
-    if path.is_dir():
-        names = "best.pt", "model.safetensors", "pytorch_model.bin"
-        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give a weight file, or one of {', '.join(URLS)}")
-    with open(path, "rb") as file:
+    """What weights hold: a dict of tensors, or a dict of settings with the tensors in it (a run of ours has
+    "settings"). Runs nothing of it. Raises FileNotFoundError or ValueError, in one line."""
+    path = find_file(name_or_path)
+    with loading(path), open(path, "rb") as file:
         start = file.read(16)
-    if start[:2] == b"PK":
-        found = read_zip(path)
-    elif start[8:9] == b"{":
-        found = read_safetensors(path)
-    elif start[:1] == b"\x80":
-        found = torch.load(path, map_location="cpu", weights_only=True)     # torch.save's before torch 1.6
-    else:
-        raise ValueError(f"it is no weight file, it starts with {start!r}" if start else "it is empty")
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}, no dict of tensors")
-    config = path.with_name("config.json")
-    if "text_model.final_layer_norm.weight" in found and config.is_file():      # Hugging Face
-        vision = json.loads(config.read_text("utf-8")).get("vision_config", {})
-        found = {"state_dict": found, "activation": vision.get("hidden_act", "quick_gelu")}
-    return found
+        if start[:2] == b"PK":
+            content = read_zip(path)
+        elif start[:1] == b"\x80":                  # torch.save's before torch 1.6
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        elif start[8:9] == b"{":
+            content = read_safetensors(path)
+        else:
+            raise ValueError(f"it is no weight file, it starts with {start!r}")
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, no dict of tensors")
+    return content
 
 
-def to_openai(found):
-    """{OpenAI's name: float32 tensor} of tensors under other people's names. Empties `found` as it goes."""
-    def read(name):
-        value = found.pop(name)
-        value = value() if callable(value) else value
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} is no tensor: give a state dict, or a dict with one under 'state_dict'")
-        value = value.float().contiguous()      # and, for what was saved as a view, in memory of its own
-        return value if value.nbytes == value.untyped_storage().nbytes() else value.clone()
-
+def to_openai(content):
+    """{OpenAI's name: tensor} of tensors under OpenAI's, open_clip's or Hugging Face's names, which may all
+    stand behind a prefix such as module. or model."""
+    for container in ("state_dict", "model_state_dict", "model"):
+        content = content.get(container, content)
+    if any("lora_A" in name or "base_layer" in name for name in content):
+        raise ValueError("it is an unmerged PEFT checkpoint: call merge_and_unload() and save it again")
+    anchors = "visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"
+    anchored = [name for name in content if name.endswith(anchors)]
+    if len(anchored) != 1:
+        raise ValueError(f"it holds {len(anchored)} CLIPs {anchored} among {list(content)[:3]} ...: one is "
+                         "needed, with OpenAI's two transformers; no ResNet, no SigLIP, no tower alone")
+    prefix = anchored[0].removesuffix(anchors[0]).removesuffix(anchors[1])
     weights = {}
-    for name in list(found):
-        new = re.sub(r"^(module\.|_orig_mod\.|text\.)+", "", name)
-        for old, piece in HUGGING_FACE.items():
-            new = new.replace(old, piece)
-        if new.rsplit(".", 1)[-1] in ("input_resolution", "context_length", "vocab_size", "attn_mask",
-                                      "position_ids") or ".k_proj." in new or ".v_proj." in new:
-            continue    # no weights; k and v are read with q
-        tensor = read(name)
-        if ".q_proj." in name:
-            tensor = torch.cat([tensor, *(read(name.replace(".q_", part)) for part in (".k_", ".v_"))])
-        weights[new] = tensor.T.contiguous() if name.endswith("_projection.weight") else tensor
+    for name, tensor in content.items():
+        if name.startswith(prefix) and not name.endswith(NO_WEIGHTS):
+            ours = name.removeprefix(prefix).removeprefix("text.")
+            for piece, replacement in HUGGING_FACE.items():
+                ours = ours.replace(piece, replacement)
+            # Hugging Face's projections are linear layers, OpenAI's matrices
+            weights[ours] = tensor.T if name.endswith("_projection.weight") else tensor
+    for name in [name for name in weights if ".q_proj." in name]:       # Hugging Face's q, k and v are apart
+        qkv = [weights.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        weights[name.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
     return weights
 
 
-def config_of(weights, trained_at, image_size, activation):
-    """CLIPConfig from tensors' shapes. The image size is the first of trained_at, a square and image_size that
-    has as many patches as the file."""
-    for name in ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight",
-                 "positional_embedding", "text_projection"):
-        if name not in weights:
-            raise ValueError(f"it has no {name}: a CLIP of OpenAI's two transformers is needed, no ResNet, "
-                             "no SigLIP and no tower alone")
-    layers = [sum(name.startswith(f"{tower}.resblocks.") and name.endswith(".ln_1.bias") for name in weights)
-              for tower in ("visual.transformer", "transformer")]
-    width, patch = weights["visual.conv1.weight"].shape[::3]
+def config_of(weights, trained_at, image_size):
+    """CLIPConfig from tensors' shapes. Its image size is the first of trained_at, a square and image_size
+    that has as many patches as the file."""
+    width, _, _, patch = weights["visual.conv1.weight"].shape
     vocab_size, text_width = weights["token_embedding.weight"].shape
-    if width > 1024 or width % 64 or text_width % 64:   # ViT-H is 1280 wide, its heads are 80
-        raise ValueError(f"its towers are {width} and {text_width} wide: heads that are not 64 wide, as in "
-                         "ViT-H and larger, are not known here")
+    context_length, embed_dim = len(weights["positional_embedding"]), weights["text_projection"].shape[1]
+    if width > 1024 or width % 64 or text_width % 64:       # ViT-H is 1280 wide, its heads are 80
+        raise ValueError(f"its towers are {width} and {text_width} wide: only heads that are 64 wide are "
+                         "supported, up to ViT-L")
+    blocks = [name for name in weights if name.endswith(".ln_1.bias")]
+    vision_layers = sum(name.startswith("visual.") for name in blocks)
     patches = len(weights["visual.positional_embedding"]) - 1
-    length, embed_dim = len(weights["positional_embedding"]), weights["text_projection"].shape[1]
-    for size in filter(None, (trained_at, math.isqrt(patches) * patch, image_size)):
-        config = CLIPConfig(embed_dim, size, patch, width, layers[0],
-                            length, vocab_size, text_width, layers[1], activation)
-        if math.prod(config.grid) == patches:
-            return config
+    for size in (trained_at, math.isqrt(patches) * patch, image_size):
+        if size is not None:
+            config = CLIPConfig(embed_dim, size, patch, width, vision_layers, context_length, vocab_size,
+                                text_width, len(blocks) - vision_layers)
+            if math.prod(config.grid) == patches:
+                return config
     raise ValueError(f"its {patches} patches make no square: give the image_size it was trained at")
 
 
-def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
-    """A CLIP in float32 and eval mode, from one of OpenAI's names or a weight file of any known kind.
+def lookup(settings, field):
+    """A dotted field of a JSON file's content, None where it is not there."""
+    for key in field.split("."):
+        settings = None if settings is None else settings.get(key)
+    return settings
 
-    Files: OpenAI's archives, state dicts, training checkpoints, open_clip's .pt, Hugging Face's CLIPModel
-    (file or folder), a run of ours. image_size: pixels or (height, width); other than the checkpoint's, the
-    positional grid is resized (bilinear). activation: "gelu" for open_clip models without -quickgelu in their
-    name; the files do not say. Nothing in a file is ever run. Raises FileNotFoundError or ValueError.
+
+def activation_beside(path, config, given):
+    """The activation: the one given, or what Hugging Face's and open_clip's files beside the weights say, or
+    quick_gelu. ValueError where these files say what this code cannot do."""
+    supported = {
+        "vision_config.num_attention_heads": config.vision_width // 64, "vision_config.layer_norm_eps": 1e-5,
+        "text_config.num_attention_heads": config.text_width // 64, "text_config.layer_norm_eps": 1e-5,
+        "model_cfg.vision_cfg.head_width": 64, "model_cfg.text_cfg.heads": config.text_width // 64,
+        "model_cfg.vision_cfg.act_kwargs": {}, "model_cfg.text_cfg.act_kwargs": {},
+        "model_cfg.vision_cfg.norm_kwargs.eps": 1e-5, "model_cfg.text_cfg.norm_kwargs.eps": 1e-5,
+        "model_cfg.vision_cfg.pool_type": "tok", "model_cfg.text_cfg.no_causal_mask": False,
+        "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD),
+        "image_mean": list(MEAN), "image_std": list(STD),
+    }
+    named = {}
+    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
+        file = path.with_name(name)
+        if not file.is_file():
+            continue
+        with loading(file):
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            for field, value in supported.items():
+                stated = lookup(settings, field)
+                if stated not in (None, value):
+                    raise ValueError(f"{field} is {stated!r}, only {value!r} is supported")
+            if name == "open_clip_config.json":
+                settings.setdefault("model_cfg", {}).setdefault("quick_gelu", False)
+            for field in ("vision_config.hidden_act", "text_config.hidden_act", "model_cfg.quick_gelu"):
+                if lookup(settings, field) is not None:
+                    named[f"{name}: {field}"] = lookup(settings, field)
+    if given is not None:
+        return given
+    for activation, quick in (("quick_gelu", True), ("gelu", False)):
+        if all(value in (activation, quick) for value in named.values()):
+            return activation
+    raise ValueError(f"{path} cannot be loaded: {named}, and only quick_gelu or gelu throughout is supported")
+
+
+def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
+    """A CLIP in float32 and eval mode, from one of OpenAI's names or weights of any known kind.
+
+    Weights, a file or its folder: OpenAI's archives, state dicts, training checkpoints, open_clip's, Hugging
+    Face's CLIPModel, a run of ours. image_size: pixels or (height, width); other than the checkpoint's, the
+    positional grid is resized (bilinear). activation: "quick_gelu" or "gelu", rather than what the files say.
+    Nothing in a file is ever run. Raises FileNotFoundError or ValueError.
     """
-    with loading(name_or_path):
-        found = read_file(name_or_path)
-        settings = found.get("settings", {})
-        if "trained" in found and "state_dict" not in found:
+    path = find_file(name_or_path)
+    content = read_file(path)
+    with loading(path):
+        settings = content.get("settings", {})
+        if "trained" in content and "state_dict" not in content:
             raise ValueError(f"it holds a method for {settings.get('model', 'a CLIP')}, no CLIP: give that, "
                              f"or use python eval.py {name_or_path}")
-        activation = activation or found.get("activation") or "quick_gelu"
-        if activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation {activation!r} is not known: give quick_gelu or gelu")
-        weights = to_openai(found.get("state_dict", found))
-        config = config_of(weights, settings.get("image_size"), image_size, activation)
+        weights = to_openai(content)
+        config = config_of(weights, settings.get("image_size"), image_size)
         grid, config.image_size = config.grid, image_size or config.image_size
         if config.grid != grid:
-            cls, position = weights["visual.positional_embedding"].tensor_split([1])
+            cls, position = weights["visual.positional_embedding"].float().tensor_split([1])
             position = position.T.reshape(1, -1, *grid)                       # (1, C, rows, columns)
             position = F.interpolate(position, config.grid, mode="bilinear", align_corners=False)
             weights["visual.positional_embedding"] = torch.cat([cls, position[0].flatten(1).T])
-        with torch.device("meta"):      # takes no memory: the tensors that were read become the parameters
-            model = CLIP(config)
-        model.load_state_dict({name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor
-                               for name, tensor in weights.items()}, assign=True)
+    config.activation = activation_beside(path, config, activation or content.get("activation"))
+    if config.activation not in ("quick_gelu", "gelu"):
+        raise ValueError(f"activation {config.activation!r} is not known: give quick_gelu or gelu")
+    with torch.device("meta"):      # takes no memory and draws no random numbers
+        model = CLIP(config)
+    ours = {name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor
+            for name, tensor in weights.items()}
+    with loading(path):
+        model.to_empty(device="cpu").load_state_dict(ours)
     return model.to(device).eval()
-
-
-def main():
-    """Print the probability of each text for the image."""
-    parser = argparse.ArgumentParser(description="Which text fits the image: CLIP's probabilities.")
-    parser.add_argument("image")
-    parser.add_argument("texts", nargs="+", metavar="text")
-    parser.add_argument("--model", default="ViT-B/32", help=f"{', '.join(URLS)}, a file, or a run's folder")
-    parser.add_argument("--activation", choices=("quick_gelu", "gelu"), help="gelu for most open_clip files")
-    args = parser.parse_args()
-    try:
-        model, tokenizer = load_clip(args.model, activation=args.activation), Tokenizer(args.model)
-        image = normalize(preprocess(Image.open(args.image), model.config.image_size)[None])
-        tokens = tokenizer(args.texts, model.config.context_length)
-        with torch.no_grad():
-            logits = model.logit_scale.exp() * model.encode_image(image) @ model.encode_text(tokens).T
-    except (ValueError, OSError) as error:      # what the user can put right
-        parser.exit(2, f"clip.py: {error}\n")
-    for text, probability in zip(args.texts, logits.softmax(dim=-1)[0].tolist()):
-        print(f"{probability:.4f}  {text}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,9 @@
-"""train.py and eval.py as a user runs them: whole runs on a small drawn world, faults, and the pieces of the loop."""
-import csv
+"""train.py as a user runs it: whole runs on small data sets, mistakes, and the pieces of the loop."""
 import json
 import math
-import multiprocessing
 import os
-import shutil
-import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -19,225 +16,300 @@ import data
 import eval
 import losses
 import train
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """24 drawn scenes in the layout of the real data, and a run that trained the tiny CLIP on them from scratch."""
-    folder = tmp_path_factory.mktemp("world")
-    data.write_world(folder / "aerial", data.draw_aerial, images=36, test=12, seed=5)
-    flags = ["--dataset", "precomp", "--data-root", str(folder / "aerial"),
-             "--epochs", "2", "--batch-size", "16"]
-    run(*flags, "--model", "tiny", "--method", "none", "--train", "all", "--loss", "contrastive",
-        "--out", str(folder / "scratch"))
-    return folder, flags + ["--model", str(folder / "scratch")]
+from conftest import tiny_clip, write_pairs, write_people
 
 
 def run(*flags):
-    return train.train([str(flag) for flag in flags])
+    return train.train(train.parse([str(flag) for flag in flags]))
 
 
 def state(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def command(monkeypatch, capsys, module, *flags):
-    """Exit code and error output of a script called with flags."""
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
+def error_of(capsys, *flags):
+    """The one line that a wrong command ends in."""
     with pytest.raises(SystemExit) as stop:
-        module.main()
-    return stop.value.code, capsys.readouterr().err
+        train.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    return error.splitlines()[-1]
 
 
-# ---------------------------------------------------------------- whole runs
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small data set, a tiny CLIP trained on it from scratch, and the flags that start from that."""
+    folder = tmp_path_factory.mktemp("world")
+    flags = ["--dataset", "precomp", "--data-root", write_pairs(folder / "pairs"), "--epochs", "2",
+             "--batch-size", "16", "--precision", "fp32"]
+    run(*flags, "--model", "tiny", "--out", folder / "scratch")
+    return folder, [*flags, "--model", folder / "scratch"]
 
-def test_a_run_leaves_its_files_and_a_clip_that_loads(world):
+
+# ------------------------------------------------------------------------------------------- whole runs
+
+def test_a_run_from_scratch_leaves_its_files_and_a_clip_that_loads(world):
     folder, _ = world
     assert {path.name for path in (folder / "scratch").iterdir()} == {
-        "best.pt", "last.pt", "log.csv", "log.txt", "metrics.json", "curve.png"}
+        "best.pt", "last.pt", "history.json", "metrics.json", "curve.png"}
     metrics = json.loads((folder / "scratch/metrics.json").read_text())
     assert [row[0] for row in metrics["rows"]] == ["chance", "from scratch, contrastive"]
-    assert metrics["rows"][1][1] == metrics["total_parameters"]
-    assert len(list(csv.DictReader(open(folder / "scratch/log.csv")))) == 2
-    model = clip.load_clip(folder / "scratch")
-    assert sum(p.numel() for p in model.parameters()) == metrics["total_parameters"]
+    assert len(json.loads((folder / "scratch/history.json").read_text())) == 2
+    parameters = sum(p.numel() for p in clip.load_clip(folder / "scratch").parameters())
+    assert parameters == metrics["total_parameters"] == metrics["rows"][1][1]
 
 
 @pytest.mark.parametrize("loss", ["hmmc", "hmmc-softmax", "contrastive"])
 def test_an_adapter_run_changes_the_adapter_alone(world, tmp_path, loss):
     folder, flags = world
-    rows = run(*flags, "--loss", loss, "--mask-same", "--out", tmp_path / "run")
-    assert [row[0] for row in rows] == ["chance", "zero-shot", f"mrs, {loss}, same masked"]
+    rows = run(*flags, "--loss", loss, "--mask-same", "--precision", "bf16", "--out", tmp_path / "run")
+    assert rows[2][0] == f"mrs, {loss}, same masked"
     saved = state(tmp_path / "run/best.pt")
     assert "state_dict" not in saved
     assert sum(tensor.numel() for tensor in saved["trained"].values()) == rows[2][1]
-    assert os.path.getsize(tmp_path / "run/best.pt") < 4 * rows[2][1] + 40_000
-    plain, (adapted, tokenizer, _) = clip.load_clip(folder / "scratch"), eval.load_run(tmp_path / "run")
-    for name, value in plain.openai_state_dict().items():
-        assert torch.equal(value, adapted.openai_state_dict()[name])
-    assert tokenizer.vocab_size == plain.config.vocab_size
     assert any(tensor.abs().sum() > 0 for name, tensor in saved["trained"].items() if "up" in name)
+    start, (adapted, _, _) = clip.load_clip(folder / "scratch"), eval.load_run(tmp_path / "run")
+    for name, value in start.openai_state_dict().items():
+        assert torch.equal(value, adapted.openai_state_dict()[name]), name
 
 
 def test_eval_of_a_run_prints_the_row_that_training_printed(world, tmp_path, monkeypatch, capsys):
     _, flags = world
     rows = run(*flags, "--lr", "5e-3", "--out", tmp_path / "run")
-    assert rows[-1][3] != rows[0][3]        # not chance: reading wrong pictures would show
+    assert rows[-1][3] != rows[0][3]            # not chance: reading wrong images would show
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "run"), "--cache", str(tmp_path)])
-    eval.main()
-    assert eval.table(rows).splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.chdir(tmp_path)                 # another folder than the run was started in
+    eval.main([str(tmp_path / "run")])
+    expected = eval.table([rows[0], rows[-1]]).splitlines()[-1]
+    assert capsys.readouterr().out.splitlines()[-1] == expected
 
 
-def test_full_fine_tuning_changes_clip_and_loads_without_its_start(world, tmp_path):
+def test_full_fine_tuning_changes_all_of_clip_but_an_unused_temperature(world, tmp_path):
     folder, flags = world
-    run(*flags, "--method", "none", "--train", "backbone", "--out", tmp_path / "run")
-    before, after = clip.load_clip(folder / "scratch").state_dict(), clip.load_clip(tmp_path / "run").state_dict()
-    same = [name for name in before if torch.equal(before[name], after[name])]
-    assert same == ["logit_scale"]      # the hinge loss has no temperature
+    rows = run(*flags, "--train", "backbone", "--loss", "hmmc", "--out", tmp_path / "run")
+    assert rows[-1][0] == "full fine-tuning, hmmc"
+    before = clip.load_clip(folder / "scratch").state_dict()
+    after = clip.load_clip(tmp_path / "run").state_dict()
+    assert [name for name in before if torch.equal(before[name], after[name])] == ["logit_scale"]
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(world, tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, tmp_path):
     _, flags = world
+    learned = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run(*flags, "--epochs", "1", "--out", tmp_path / name, "--seed", seed)
-    a, b, c = (state(tmp_path / name / "last.pt")["learned"] for name in "abc")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not all(torch.equal(a[name], c[name]) for name in a)
+        run(*flags, "--epochs", "1", "--seed", seed, "--out", tmp_path / name)
+        learned.append(state(tmp_path / name / "last.pt")["learned"])
+    assert all(torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
+    assert not all(torch.equal(learned[0][name], learned[2][name]) for name in learned[0])
 
 
-def test_a_run_stopped_within_an_epoch_resumes_to_the_same_end(world, tmp_path, monkeypatch):
+def test_a_run_stopped_within_an_epoch_resumes_to_the_end_of_the_unbroken_one(world, tmp_path, monkeypatch):
     _, flags = world
-    flags = [*flags, "--augment", "crop", "--train", "all"]     # adapter dropout, augmentation, all of CLIP
+    flags = [*flags, "--augment", "crop", "--train", "all", "--method", "mrs", "--dropout", "0.2"]
     run(*flags, "--out", tmp_path / "whole")
-    calls, compute = [], train.compute_loss     # 19 pictures x 5 captions / 16 = 6 steps an epoch: 8 is in the second
+    calls, compute_loss = [], train.compute_loss        # 20 images x 5 captions / 16: 7 steps an epoch
 
-    def interrupted(*args, **kwargs):
+    def interrupted(*args):
         calls.append(1)
-        if len(calls) == 8:
-            os.kill(os.getpid(), signal.SIGINT)
-        return compute(*args, **kwargs)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return compute_loss(*args)
     with monkeypatch.context() as patch:
         patch.setattr(train, "compute_loss", interrupted)
+        patch.setattr(train, "CHECKPOINT_SECONDS", 0)
         with pytest.raises(KeyboardInterrupt):
             run(*flags, "--out", tmp_path / "broken")
-    saved = state(tmp_path / "broken/last.pt")
-    assert saved["step"] == 8
-    torch.save(saved | {"seconds": 6000.0}, tmp_path / "broken/last.pt")
-    run("--out", tmp_path / "broken", "--resume")
-    assert 100 < json.loads((tmp_path / "broken/metrics.json").read_text())["minutes"] < 101     # both parts of it
-    whole, resumed = state(tmp_path / "whole/last.pt"), state(tmp_path / "broken/last.pt")
-    assert all(torch.equal(value, resumed["learned"][name]) for name, value in whole["learned"].items())
-    assert whole["history"] == resumed["history"]
-    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "broken/log.csv").read_text()
-    rows = [json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("whole", "broken")]
-    assert rows[0] == rows[1]
+    assert state(tmp_path / "broken/last.pt")["step"] == 8
+    rows = run("--resume", "--out", tmp_path / "broken")
+    whole, broken = state(tmp_path / "whole/last.pt"), state(tmp_path / "broken/last.pt")
+    assert all(torch.equal(value, broken["learned"][name]) for name, value in whole["learned"].items())
+    assert whole["history"] == broken["history"]
+    assert json.loads((tmp_path / "whole/metrics.json").read_text())["rows"] == [list(row) for row in rows]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch):
+def test_grad_checkpointing_gives_the_same_run(world, tmp_path):
     _, flags = world
-    monkeypatch.setattr(losses, "hmmc_loss", lambda *args: (torch.tensor(float("nan"), requires_grad=True), {}))
-    with pytest.raises(ValueError, match="loss is nan .* at step 0, on pictures .*png.*nothing was saved yet.*--lr"):
-        run(*flags, "--out", tmp_path / "run")
+    run(*flags, "--epochs", "1", "--out", tmp_path / "plain")
+    run(*flags, "--epochs", "1", "--grad-checkpointing", "--out", tmp_path / "checkpointed")
+    plain, checkpointed = (state(tmp_path / name / "last.pt")["learned"] for name in ("plain", "checkpointed"))
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    train.save(tmp_path / "last.pt", {"step": 1})
-
-    def full_disk(content, path):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        train.save(tmp_path / "last.pt", {"step": 2})
-    assert state(tmp_path / "last.pt") == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-
-
-# ---------------------------------------------------------------- mistakes on the command line
-
-def test_each_mistake_is_one_line_and_nothing_is_written(world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("split, said", [("test", "no val split: the last epoch"), ("val", "no test split")])
+def test_without_val_the_last_epoch_is_taken_and_without_test_val_is_measured(world, tmp_path, capsys, split, said):
     folder, flags = world
-    bad = folder / "bad"
-    data.write_world(bad, data.draw_aerial, images=20, test=4, seed=6)
-    (bad / "images/000003.png").write_bytes(b"not a picture")
-    monkeypatch.chdir(tmp_path)
-    root = ["--dataset", "precomp", "--data-root"]
-    for mistake, words in ((["--method", "none", *flags], "nothing to train"),
-                           (["--dataset", "ucm"], "needs --data-root"),
-                           ([*root, "nowhere", "--model", folder / "scratch"], "nowhere does not exist"),
-                           ([*root, bad, "--model", folder / "scratch", "--out", folder / "new"], "000003.png"),
-                           ([*flags[:4], "--model", "nothing.pt"], "nothing.pt"),
-                           ([*flags[:4], "--model", "tiny"], "--train all"),
-                           ([*flags, "--bottleneck", "0"], "bottleneck"),
-                           ([*flags, "--method", "bitfit", "--rank", "3"], "rank"),
-                           ([*flags, "--resume"], "--resume needs --out"),
-                           ([*flags, "--image-size", "1", "2", "3"], "--image-size"),
-                           ([*flags, "--out", folder / "scratch"], "already holds a run"),
-                           ([*flags, "--epochs", "0"], "--epochs 0: 1 to"),
-                           ([*flags, "--loss", "hinge"], "invalid choice"),
-                           ([*flags, "--dataset", "coco"], "invalid choice")):
-        code, error = command(monkeypatch, capsys, train, *mistake)
-        assert code == 2 and words in error and "Traceback" not in error, (mistake, error)
-        assert error.splitlines()[-1].startswith("train.py: error:") and words in error.splitlines()[-1], error
-        assert list(tmp_path.iterdir()) == []
+    lines = []
+    for number in range(24):
+        name = folder / f"pairs/images/{number}.png"
+        lines.append(f"{name}\tan image of {number} things\t{split if number % 4 == 0 else 'train'}")
+    (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run("--dataset", "folder", "--data-root", tmp_path, *flags[4:], "--lr", "1e-2", "--out", tmp_path / "run")
+    assert said in capsys.readouterr().out
+    if split == "test":
+        last, best = state(tmp_path / "run/last.pt")["learned"], state(tmp_path / "run/best.pt")["trained"]
+        assert all(torch.equal(last[name], best[name]) for name in best)
 
 
-def test_other_settings_do_not_resume(world, tmp_path):
+# ------------------------------------------------------------------------- what must learn, and what must not
+
+def test_the_temperature_can_fall_from_its_bound_and_never_passes_it(world, tmp_path):
+    folder, flags = world
+    saved = state(folder / "scratch/best.pt")
+    for start, name in ((math.log(100), "falls"), (6.0, "clipped")):
+        (tmp_path / name).mkdir()
+        saved["state_dict"]["logit_scale"] = torch.tensor(start)
+        torch.save(saved, tmp_path / name / "best.pt")
+        run(*flags[:-1], tmp_path / name, "--train", "backbone", "--loss", "contrastive", "--lr", "1e-4",
+            "--out", tmp_path / f"run-{name}")
+        end = state(tmp_path / f"run-{name}/best.pt")["state_dict"]["logit_scale"].item()
+        assert end <= math.log(100) + 1e-6
+        if name == "falls":
+            assert end < math.log(100) - 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name in adapters.METHODS if name != "none"])
+def test_stage_2_in_bf16_keeps_the_bits_of_what_is_fixed_and_of_what_is_saved(method):
+    model = tiny_clip()
+    adapters.add_method(model, method)
+    before = adapters.trainable_state(model)
+    train.choose_what_learns(model, "backbone")
+    train.hold_frozen_in_bf16(model)
+    after = adapters.trainable_state(model)
+    assert all(after[name].dtype == torch.float32 and torch.equal(before[name], after[name]) for name in before)
+    assert all(value.dtype == torch.float32 for value in model.openai_state_dict().values())
+
+
+def test_frozen_matrices_in_bf16_change_nothing_under_autocast():
+    images, tokens = torch.randn(3, 3, 32, 32), torch.tensor([[598, 5, 599], [598, 7, 599], [598, 3, 599]])
+    outputs = []
+    for hold in (lambda model: None, train.hold_frozen_in_bf16):
+        model = tiny_clip()
+        adapters.add_method(model, "lora")
+        hold(model)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            outputs.append((model.encode_image(images), model.encode_text(tokens)))
+    assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
+    assert model.visual.transformer.resblocks[0].inner.mlp.c_fc.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("what", ["method", "backbone", "all"])
+def test_what_learns(what):
+    model = tiny_clip()
+    own = {name for name, _ in model.named_parameters()}
+    adapters.add_method(model, "prompts")
+    train.choose_what_learns(model, what)
+    learns = {name.replace("inner.", "") for name, p in model.named_parameters() if p.requires_grad}
+    added = {name.replace("inner.", "") for name in adapters.trainable_state(model)}
+    assert learns == {"method": added, "backbone": own, "all": own | added}[what]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(world, tmp_path, monkeypatch):
     _, flags = world
-    run(*flags, "--out", tmp_path / "run")
-    with pytest.raises(ValueError, match="--lr 0.1: the run .* has 0.0002; leave the flag out"):
-        run(*flags, "--out", tmp_path / "run", "--resume", "--lr", 0.1)
-    with pytest.raises(FileNotFoundError, match="runn/last.pt is not there: repeat the flags that the run began with"):
-        run("--out", tmp_path / "runn", "--resume")
-
-
-def test_a_run_whose_data_grew_is_not_resumed(world, tmp_path):
-    _, flags = world
-    data.write_world(tmp_path / "more", data.draw_aerial, images=50, test=12, seed=5)
     run(*flags, "--epochs", "1", "--out", tmp_path / "run")
-    with pytest.raises(ValueError, match="run/last.pt does not fit this run: .* the data has changed"):
-        run("--out", tmp_path / "run", "--resume", "--data-root", tmp_path / "more")
-    data.write_world(tmp_path / "others", data.draw_aerial, images=36, test=12, seed=6)     # as many, others
-    with pytest.raises(ValueError, match="run/last.pt does not fit this run: .* the data has changed"):
-        run("--out", tmp_path / "run", "--resume", "--data-root", tmp_path / "others")
+    saved = state(tmp_path / "run/last.pt")
+    saved["settings"]["epochs"] = 2
+    torch.save(saved, tmp_path / "run/last.pt")
+    monkeypatch.setattr(losses, "hmmc_loss", lambda image, *others: (math.nan * image.sum(), {}))
+    with pytest.raises(ValueError, match="loss nan.* at step 7; .*--lr 7e-05"):
+        run("--resume", "--out", tmp_path / "run")
+    assert state(tmp_path / "run/last.pt")["step"] == 7
 
 
-def test_a_resumed_run_shows_its_own_settings_in_help(tmp_path, monkeypatch, capsys):
-    torch.save({"settings": vars(train.parse([])) | {"lr": 0.00321}}, tmp_path / "last.pt")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--resume", "--help"])
-    with pytest.raises(SystemExit):
-        train.main()
-    assert "0.00321" in capsys.readouterr().out
-
-
-def test_a_run_is_resumed_on_its_device_if_that_is_there(tmp_path, monkeypatch):
-    settings = vars(train.parse([])) | {"device": "cuda:1"}
-    torch.save({"settings": settings}, tmp_path / "last.pt")
-    flags = ["--resume", "--out", str(tmp_path)]
-    assert train.parse(flags).device == train.parse([]).device or "cuda:1" in eval.DEVICES
-    monkeypatch.setattr(eval, "DEVICES", ["cpu", "cuda", "cuda:0", "cuda:1"])
-    assert train.parse(flags).device == "cuda:1"
-
-
-def test_a_clip_from_scratch_has_the_activation_asked_for():
-    for flags, activation in (([], "quick_gelu"), (["--activation", "gelu"], "gelu")):
-        args = train.parse(["--model", "tiny", "--method", "none", "--train", "all", "--device", "cpu", *flags])
-        assert train.build(args, ["two boats"])[0].config.activation == activation
-
-
-def test_an_adapter_on_another_clip_is_refused(world, tmp_path, monkeypatch, capsys):
+def test_a_hinge_at_its_collapse_value_is_told(world, tmp_path, capsys):
     folder, flags = world
-    run(*flags, "--out", tmp_path / "run")
-    saved = state(tmp_path / "run/best.pt")
-    torch.save(saved | {"fingerprint": "0" * 16}, tmp_path / "best.pt")
-    code, error = command(monkeypatch, capsys, eval, tmp_path / "best.pt")
-    assert code == 2 and "trained on other weights" in error
-    code, error = command(monkeypatch, capsys, eval, folder / "aerial")
-    assert code == 2 and len(error.splitlines()) == 1
+    saved = state(folder / "scratch/best.pt")           # all images and captions alike: projections of nothing
+    for name in ("visual.proj", "text_projection"):
+        saved["state_dict"][name] = torch.zeros_like(saved["state_dict"][name])
+    torch.save(saved, tmp_path / "best.pt")
+    run(*flags[:-1], tmp_path / "best.pt", "--epochs", "1", "--lr", "1e-9", "--out", tmp_path / "run")
+    assert "17.1 is the loss of a model for which everything is alike" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- pieces of the loop
+def test_few_steps_from_scratch_are_told(world, tmp_path, capsys):
+    run(*world[1][:-2], "--model", "tiny", "--out", tmp_path / "run")
+    assert "4 steps from scratch teach little" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ prompt decoupling
+
+@pytest.fixture(scope="module")
+def people(world, tmp_path_factory):
+    """A small re-identification set, and stage 1 of prompt decoupling on it."""
+    folder = tmp_path_factory.mktemp("people")
+    flags = ["--dataset", "RSTPReid", "--data-root", write_people(folder / "people"), "--batch-size", "16",
+             "--epochs", "1", "--warmup", "0", "--lr", "1e-3"]
+    stage_1 = [*flags, "--model", world[0] / "scratch", "--image-size", "96", "48"]
+    run(*stage_1, "--out", folder / "stage1")
+    return folder, flags, stage_1
+
+
+def test_stage_1_changes_every_prompt_and_nothing_of_clip(world, people):
+    folder, _, _ = people
+    model, _, settings = eval.load_run(folder / "stage1")
+    assert (settings["method"], settings["train"], settings["loss"]) == ("prompts", "method", "sdm")
+    start = clip.load_clip(world[0] / "scratch", (96, 48))
+    torch.manual_seed(settings["seed"] * 2 ** 32)       # what the run drew its prompts from
+    adapters.add_method(start, "prompts")
+    before, after = adapters.trainable_state(start), adapters.trainable_state(model)
+    assert list(before) == list(after) and len(after) == 2 + 2          # the blocks of the tiny CLIP
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    for name, value in start.openai_state_dict().items():
+        assert torch.equal(value, model.openai_state_dict()[name]), name
+
+
+def test_stage_2_keeps_the_prompts_to_the_bit_and_changes_clip(world, people, tmp_path):
+    folder, flags, _ = people
+    rows = run(*flags, "--init", folder / "stage1", "--train", "backbone", "--precision", "bf16",
+               "--out", tmp_path / "stage2")
+    assert [row[0] for row in rows] == ["chance", "before: prompts, sdm",
+                                        "full fine-tuning with fixed prompts, sdm+id"]
+    before, after = state(folder / "stage1/best.pt")["trained"], state(tmp_path / "stage2/best.pt")["trained"]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    start = clip.load_clip(world[0] / "scratch", (96, 48)).state_dict()
+    end = clip.load_clip(tmp_path / "stage2").state_dict()
+    assert [name for name in start if torch.equal(start[name], end[name])] == ["logit_scale"]   # SDM's is fixed
+    assert not any("classifier" in name for name in state(tmp_path / "stage2/best.pt")["state_dict"])
+    row = json.loads((folder / "stage1/metrics.json").read_text())["rows"][-1]
+    assert rows[1][3] == row[3]                         # stage 2 starts where stage 1 ended
+
+
+def test_a_run_that_trains_the_method_of_another_on_loads(people, tmp_path):
+    folder, flags, _ = people
+    run(*flags, "--init", folder / "stage1", "--out", tmp_path / "on")
+    before, after = state(folder / "stage1/best.pt")["trained"], state(tmp_path / "on/best.pt")["trained"]
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_pairs_of_one_person_image_or_caption_are_no_negatives(people, tmp_path, monkeypatch):
+    folder, _, stage_1 = people
+    seen, contrastive_loss = [], losses.contrastive_loss
+
+    def spy(image, text, scale, same):
+        seen.append(same)
+        return contrastive_loss(image, text, scale, same)
+    monkeypatch.setattr(losses, "contrastive_loss", spy)
+    run(*stage_1, "--loss", "contrastive", "--mask-same", "--out", tmp_path / "run")
+    pairs = data.read("RSTPReid", folder / "people", "train")
+    batch = data.epoch_batches(pairs, "captions", 16, 0, 0)[0]
+    for i, a in enumerate(batch):
+        for j, b in enumerate(batch):
+            same_person = pairs.ids[pairs.image_of_caption[a]] == pairs.ids[pairs.image_of_caption[b]]
+            assert seen[0][i, j] == (same_person or pairs.captions[a] == pairs.captions[b])
+    assert seen[0].sum() > 16
+
+
+def test_irras_groups_of_parameters():
+    args = train.parse(["--dataset", "RSTPReid", "--data-root", "x", "--train", "backbone"])
+    assert (args.loss, args.epochs, args.lr, args.warmup, args.weight_decay) == ("sdm+id", 60, 1e-5, 5, 4e-5)
+    shapes = {"block.weight": (2, 2), "block.bias": (2,), "ln.weight": (2,), "classifier.weight": (3, 2),
+              "classifier.bias": (3,)}
+    learned = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    optimizer = train.make_optimizer(learned, {"classifier.weight", "classifier.bias"}, args)
+    found = [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [(1, 4e-5), (2, 0), (1, 0), (5, 4e-5), (5, 0)]
+
+
+# ------------------------------------------------------------------------------- settings and pieces of the loop
 
 def test_the_papers_recipe_is_the_default_on_its_data():
     args = train.parse(["--dataset", "ucm", "--data-root", "x"])
@@ -248,314 +320,121 @@ def test_the_papers_recipe_is_the_default_on_its_data():
     assert rates == pytest.approx([2e-4] * 19 + [1.4e-4] * 11)
 
 
+@pytest.mark.parametrize("flags, wanted", [
+    (["--model", "tiny"], ("none", "all", "contrastive")),
+    (["--train", "backbone"], ("none", "backbone", "hmmc")),
+    (["--method", "none"], ("none", "backbone", "hmmc")),
+    (["--train", "all"], ("mrs", "all", "hmmc")),
+    (["--method", "lora", "--loss", "contrastive"], ("lora", "method", "contrastive"))])
+def test_what_is_left_out_follows_from_what_is_given(flags, wanted):
+    args = train.parse(["--dataset", "ucm", "--data-root", "x", *flags])
+    assert (args.method, args.train, args.loss) == wanted
+
+
 def test_warm_up_then_cosine():
     args = train.parse(["--epochs", "4", "--lr", "1", "--warmup", "1", "--schedule", "cosine"])
     rates = [train.learning_rate(args, step, 2) for step in range(8)]
     assert rates == pytest.approx([0.5, 1.0] + [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])
 
 
-def small_clip():
-    torch.manual_seed(0)
-    return clip.CLIP(clip.CLIPConfig(32, 32, 16, 64, 2, 10, 50, 64, 2))
-
-
-TOKENS = torch.tensor([[48, 5, 6, 49, 0, 0], [48, 7, 49, 0, 0, 0], [48, 3, 9, 2, 49, 0]])
-
-
 def test_two_views_in_one_forward_are_two_forwards():
-    model, images = small_clip(), torch.randn(3, 3, 32, 32)
-    for tower, inputs, encode in ((model.visual, images, model.encode_image), (model.text, TOKENS, model.encode_text)):
+    model = tiny_clip()
+    tokens = torch.tensor([[598, 5, 6, 599, 0], [598, 7, 599, 0, 0]])
+    for tower, inputs in ((model.visual, torch.randn(2, 3, 32, 32)), (model.text, tokens)):
         torch.manual_seed(7)
-        first, second = (F.normalize(x, dim=-1) for x in train.encode_views(tower, inputs, 2, 0.2))
-        assert torch.allclose(first, encode(inputs), atol=1e-6)
+        first, second = train.encode(tower, inputs, views=2)
+        assert torch.allclose(first, tower(inputs), atol=1e-5)
         torch.manual_seed(7)
         x = F.dropout(tower.embed(inputs), 0.2)
-        expected = F.normalize(tower.pool(tower.transformer(x), inputs), dim=-1)
-        assert torch.allclose(second, expected, atol=1e-6)
+        assert torch.allclose(second, tower.pool(tower.transformer(x), inputs), atol=1e-5)
         assert not torch.allclose(first, second, atol=1e-3)
 
 
-def test_frozen_weights_in_bf16_change_nothing_under_autocast():
-    images, outputs = torch.randn(3, 3, 32, 32), []
-    for freeze in (lambda model: None, train.freeze_in_bf16):
-        model = small_clip()
-        adapters.add_method(model, "lora")
-        freeze(model)
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            outputs.append((model.encode_image(images), model.encode_text(TOKENS)))
-    assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
-    assert model.visual.transformer.resblocks[0].inner.mlp.c_fc.weight.dtype == torch.bfloat16
+def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
+    train.save(tmp_path / "last.pt", {"step": 1})
+
+    def full_disk(content, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("No space left on device\nand a trace")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="cannot write .*last.pt: No space left on device; make room"):
+        train.save(tmp_path / "last.pt", {"step": 2})
+    assert state(tmp_path / "last.pt") == {"step": 1}
 
 
-@pytest.mark.parametrize("loss, views", [("contrastive", 1), ("hmmc", 2)])
-def test_captions_of_any_order_and_length_are_encoded_as_each_alone(loss, views):
-    model, images = small_clip(), torch.randn(3, 3, 32, 32)
-    args = train.argparse.Namespace(loss=loss, precision="fp32")
-    features = train.encode(model, args, images, TOKENS, dropout=0.0)
-    assert len(features) == 2 * views
-    for image, text in zip(features[::2], features[1::2]):
-        for n in range(3):
-            assert torch.allclose(image[n], model.visual(images[n:n + 1])[0], atol=1e-5)
-            assert torch.allclose(text[n], model.text(TOKENS[n:n + 1])[0], atol=1e-5)
+# ----------------------------------------------------------------------------------- mistakes on the command line
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "none", "--train", "method"], "leaves nothing to train"),
+    (["--train", "backbone", "--method", "prompts"], "at random: give --init RUN"),
+    (["--bottleneck", "0"], "bottleneck"),
+    (["--method", "bitfit", "--rank", "3"], "rank"),
+    (["--epochs", "0"], "--epochs 0: 1 or more"),
+    (["--batch-size", "1"], "--batch-size 1: 2 or more"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--loss", "sdm"], "needs person ids"),
+    (["--loss", "hinge"], "invalid choice"),
+    (["--model", "nothing.pt"], "nothing.pt"),
+    (["--model", "tiny", "--train", "method"], "no weights yet"),
+    (["--data-root", "nowhere"], "nowhere"),
+    (["--init", "nothing"], "nothing")])
+def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    line = error_of(capsys, *world[1], *flags)
+    assert line.startswith("train.py: error:") and words in line
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["method", "backbone", "all"])
-def test_what_learns(what):
-    model = small_clip()
-    own = {name for name, _ in model.named_parameters()}
-    adapters.add_method(model, "prompts")
-    train.choose_trained(model, what)
-    learns = {name.replace("inner.", "") for name, p in model.named_parameters() if p.requires_grad}
-    added = {name.replace("inner.", "") for name in adapters.trainable_state(model)}
-    assert learns == {"method": added, "backbone": own, "all": own | added}[what]
-    assert not own & added
-
-
-# ---------------------------------------------------------------- prompt decoupling
-
-@pytest.fixture(scope="module")
-def people(world, tmp_path_factory):
-    """Drawn people in RSTPReid's layout, and stage 1 of prompt decoupling on the CLIP of `world`."""
-    folder = tmp_path_factory.mktemp("people")
-    data.write_people(folder / "people", people=20, views=2, seed=3)
-    flags = ["--dataset", "RSTPReid", "--data-root", folder / "people", "--batch-size", "16", "--epochs", "1",
-             "--warmup", "0"]
-    stage_1 = [*flags, "--model", world[0] / "scratch", "--image-size", "96", "48"]
-    run(*stage_1, "--out", folder / "stage1")
-    return folder, flags, stage_1
-
-
-def prompts_of(path):
-    return state(path / "best.pt")["trained"]
-
-
-def test_stage_1_changes_all_prompts_and_nothing_of_clip(world, people):
-    folder, _, _ = people
-    model, _, settings = eval.load_run(folder / "stage1")
-    assert (settings["method"], settings["train"], settings["loss"]) == ("prompts", "method", "sdm")
-    start = clip.load_clip(world[0] / "scratch", (96, 48))
-    torch.manual_seed(settings["seed"] * 2 ** 32)       # what `prepare` draws the prompts from
-    adapters.add_method(start, "prompts")
-    before, after = adapters.trainable_state(start), prompts_of(folder / "stage1")
-    assert list(after) == [name for name in before] and len(after) == 2 + 2        # blocks of the tiny CLIP
-    assert all(not torch.equal(before[name], after[name]) for name in after)
-    assert state(folder / "stage1/last.pt")["learned"].keys() == after.keys()
-    for name, value in start.openai_state_dict().items():
-        assert torch.equal(value, model.openai_state_dict()[name]), name
-
-
-def test_a_method_that_widens_the_features_trains_and_searches(people, tmp_path):
-    folder, _, stage_1 = people
-    run(*stage_1, "--method", "linear-probe", "--loss", "sdm+id", "--out", tmp_path / "probe")
-    model, tokenizer, _ = eval.load_run(tmp_path / "probe")
-    D = model.config.embed_dim
-    assert state(tmp_path / "probe/last.pt")["learned"]["classifier.weight"].shape[1] == 2 * D
-    texts = ["a man with a red bag", "woman", "a man with a red bag"]
-    encoded = eval.encode_texts(model, tokenizer(texts))
-    for text, row in zip(texts, encoded):
-        assert torch.allclose(row, model.encode_text(tokenizer([text]))[0], atol=1e-6)
-    paths = eval.find_pictures(folder / "people")[:3]
-    for _ in range(2):      # encoded, and from the file
-        assert eval.encode_files(model, paths, tmp_path / "features.pt")[1].shape == (3, 2 * D)
-
-
-def test_stage_2_keeps_the_prompts_and_changes_clip(world, people):
-    folder, flags, _ = people
-    rows = run(*flags, "--init", folder / "stage1", "--train", "backbone", "--lr", "1e-3", "--out", folder / "stage2")
-    settings = state(folder / "stage2/best.pt")["settings"]
-    assert (settings["method"], settings["loss"], settings["image_size"]) == ("prompts", "sdm+id", (96, 48))
-    before, after = prompts_of(folder / "stage1"), prompts_of(folder / "stage2")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    start, end = clip.load_clip(world[0] / "scratch", (96, 48)), clip.load_clip(folder / "stage2")
-    same = [name for name, value in start.openai_state_dict().items() if torch.equal(value, end.state_dict().get(
-        name, end.openai_state_dict()[name]))]
-    assert same == ["logit_scale"]                      # SDM's temperature is fixed
-    assert set(rows[-1][3]) == {"R1", "R5", "R10", "mAP", "mINP"}
-    assert not any("classifier" in name for name in state(folder / "stage2/best.pt")["state_dict"])
-
-
-def test_a_run_that_trains_the_method_of_another_on_is_tested_and_loads(people, tmp_path, capsys):
-    folder, flags, _ = people
-    run(*flags, "--init", folder / "stage1", "--lr", "1e-3", "--out", tmp_path / "on")
-    assert f"method  prompts: from {folder / 'stage1'}; method learns" in capsys.readouterr().out
-    model, _, _ = eval.load_run(tmp_path / "on")
-    before, after = prompts_of(folder / "stage1"), adapters.trainable_state(model)
-    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_few_epochs_of_a_recipe_with_a_long_warmup_are_all_warmup(people):
-    folder, _, _ = people
-    args = train.parse(["--dataset", "RSTPReid", "--data-root", "x", "--train", "backbone", "--epochs", "3"])
-    assert (args.epochs, args.warmup) == (3, 3)
-
-
-def test_stage_2_starts_where_stage_1_ended(people, tmp_path):
-    folder, flags, _ = people
-    first = run(*flags, "--init", folder / "stage1", "--train", "backbone", "--lr", "0", "--out", tmp_path / "run")
-    metrics = json.loads((folder / "stage1/metrics.json").read_text())["rows"]
-    assert first[-1][3] == metrics[-1][3]
-
-
-def test_without_val_the_last_epoch_is_taken_and_without_test_val_is_measured(world, tmp_path, capsys):
+def test_mistakes_with_folders_of_runs(world, people, tmp_path, capsys):
     folder, flags = world
-    names = sorted((folder / "aerial/images").iterdir())
-    for splits, said in (("train test", "no val split: the last epoch"),
-                         ("train val", "no test split: figures are of val")):
-        lines = [f"{name}\ta picture of {n} things\t{splits.split()[n % 4 == 0]}" for n, name in enumerate(names)]
-        (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n")
-        out = tmp_path / splits.replace(" ", "-")
-        run("--dataset", "folder", "--data-root", tmp_path, *flags[4:], "--lr", "1e-2", "--out", out)
-        printed = capsys.readouterr().out
-        assert said in printed
-        assert printed.endswith(f"next: python eval.py {out}{' --split val' * ('test' not in splits)}\n")
-        assert (out / "curve.png").is_file()
-        assert state(out / "best.pt")["epoch"] in ((2,) if "test" in splits else (1, 2))
-    last = state(tmp_path / "train-test/last.pt")["learned"]
-    assert all(torch.equal(last[name], value) for name, value in prompts_of(tmp_path / "train-test").items())
+    assert "already holds a run" in error_of(capsys, *flags, "--out", folder / "scratch")
+    assert "there is no" in error_of(capsys, "--resume", "--out", folder / "scrach")
+    assert "has 0.001, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--lr", "1")
+    assert "--method" in error_of(capsys, *people[1], "--init", people[0] / "stage1", "--method", "mrs")
+    run(*people[2], "--out", tmp_path / "prompts", "--train", "all", "--method", "prompts")
+    assert "go on from it with --init" in error_of(capsys, *flags[:-1], tmp_path / "prompts", "--out", tmp_path / "x")
 
 
-def test_what_contradicts_the_run_in_init_is_refused(people, tmp_path, monkeypatch, capsys):
-    folder, flags, _ = people
-    code, error = command(monkeypatch, capsys, train, *flags, "--init", folder / "stage1", "--method", "mrs")
-    assert code == 2 and "--method mrs: the run that this one goes on from has prompts" in error
-    code, error = command(monkeypatch, capsys, train, *flags, "--init", tmp_path / "nothing")
-    assert code == 2 and "nothing" in error and "Traceback" not in error
-
-
-def test_a_loss_on_persons_needs_persons(world, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_data_changed_is_not_resumed(world, tmp_path):
     _, flags = world
-    code, error = command(monkeypatch, capsys, train, *flags, "--loss", "sdm", "--out", tmp_path / "run")
-    assert code == 2 and "needs person ids" in error and not (tmp_path / "run").exists()
+    run(*flags, "--epochs", "1", "--out", tmp_path / "run")
+    write_pairs(tmp_path / "more", train=50)
+    with pytest.raises(ValueError, match="does not fit: the data"):
+        run("--resume", "--out", tmp_path / "run", "--data-root", tmp_path / "more")
 
 
-def test_pairs_of_one_person_picture_or_caption_are_no_negatives(people, tmp_path, monkeypatch):
-    folder, _, stage_1 = people
-    shutil.copytree(folder / "people", tmp_path / "people")
-    entries = json.loads((tmp_path / "people/data_captions.json").read_text())
-    for entry in entries[::3]:
-        entry["captions"][0] = "somebody"       # a caption that several persons share
-    (tmp_path / "people/data_captions.json").write_text(json.dumps(entries))
-    pairs, seen, contrastive = data.read("RSTPReid", tmp_path / "people", "train"), [], losses.contrastive_loss
+# ---------------------------------------------------------------------------------------------- two processes
 
-    def spy(image, text, scale, same):
-        seen.append(same)
-        return contrastive(image, text, scale, same)
-    monkeypatch.setattr(losses, "contrastive_loss", spy)
-    run(*stage_1, "--data-root", tmp_path / "people", "--loss", "contrastive", "--mask-same", "--out", tmp_path / "run")
-    rows = data.epoch_order(pairs, "captions", 0, 0)[:16]
-    for i, a in enumerate(rows):
-        for j, b in enumerate(rows):
-            image_a, image_b = pairs.image_of_caption[a], pairs.image_of_caption[b]
-            assert seen[0][i, j] == (pairs.ids[image_a] == pairs.ids[image_b] or pairs.captions[a] == pairs.captions[b])
-    assert seen[0].sum() > 16
-
-
-def test_groups_of_re_identification():
-    args = train.parse(["--dataset", "RSTPReid", "--data-root", "x", "--train", "backbone", "--method", "prompts"])
-    assert (args.loss, args.epochs, args.lr, args.warmup, args.weight_decay) == ("sdm+id", 60, 1e-5, 5, 4e-5)
-    shapes = {"block.weight": (2, 2), "block.bias": (2,), "ln.weight": (2,), "classifier.weight": (3, 2),
-              "classifier.bias": (3,)}
-    learned = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    optimizer = train.make_optimizer(learned, {"classifier.weight", "classifier.bias"}, args)
-    found = {name: (group["factor"], group["weight_decay"]) for group in optimizer.param_groups
-             for name, p in learned.items() if any(p is other for other in group["params"])}
-    assert found == {"block.weight": (1, 4e-5), "block.bias": (2, 0), "ln.weight": (1, 0),
-                     "classifier.weight": (5, 4e-5), "classifier.bias": (5, 0)}
-
-
-# ---------------------------------------------------------------- pieces and processes
-
-@pytest.mark.parametrize("method, sizes", [("adaptformer", dict(bottleneck=8, dropout=0.5)), ("coop", {}), ("vpt", {})])
-def test_pieces_give_the_gradient_of_the_whole_batch_with_the_same_dropout(method, sizes):
-    model, images = small_clip().train(), torch.randn(3, 3, 32, 32)
-    adapters.add_method(model, method, **sizes)
-    for parameter in model.parameters():        # the zero init would hide mistakes
-        torch.nn.init.normal_(parameter, std=0.1)
-    args = train.argparse.Namespace(loss="hmmc", margin=0.2, device="cpu", precision="fp32")
-    pieces = list(zip(images.split(2), TOKENS.split(2)))
-    learned = [p for p in model.parameters() if p.requires_grad]
-
-    def encode(piece):
-        return train.encode(model, args, *piece)
-
-    def loss_of(features):
-        return train.compute_loss(args, features, 10.0)
-    loss, parts = losses.backward(encode, loss_of, pieces, lambda n: torch.manual_seed(5 + n))
-    gradients = [p.grad.clone() for p in learned]
-    model.zero_grad()
-    whole = []
-    for n, piece in enumerate(pieces):          # the oracle: everything in one graph
-        torch.manual_seed(5 + n)
-        whole.append(encode(piece))
-    expected, _ = loss_of([torch.cat(rows) for rows in zip(*whole)])
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and set(parts) == {
-        "image-text", "image-image", "text-text"}
-    for gradient, parameter in zip(gradients, learned):
-        assert torch.allclose(gradient, parameter.grad, atol=1e-5) and parameter.grad.abs().sum() > 0
-
-
-def test_a_run_in_pieces_is_the_run(world, tmp_path):
-    _, flags = world
-    flags = [*flags, "--loss", "contrastive", "--dropout", "0", "--precision", "fp32", "--lr", "1e-3", "--epochs", "1"]
-    run(*flags, "--out", tmp_path / "whole")
-    run(*flags, "--chunk", "5", "--out", tmp_path / "pieces")
-    whole, pieces = (state(tmp_path / name / "last.pt")["learned"] for name in ("whole", "pieces"))
-    assert all(torch.allclose(whole[name], pieces[name], atol=1e-4) for name in whole)
-
-
-def one_of_two(number, port, runs):
-    """A process of two, as torchrun would start it; HMMC's second view without dropout, to compare."""
-    os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    train.encode.__defaults__ = (0.0,)
-    for flags in runs:
-        run(*flags)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def one_and_two(world, people, tmp_path_factory):
-    """A folder with a run of one process and of two for each loss; 100 captions in batches of 20."""
-    folder = tmp_path_factory.mktemp("processes")
-    data.write_world(folder / "aerial", data.draw_aerial, images=27, test=2, seed=8)
-    pairs = ["--dataset", "precomp", "--data-root", folder / "aerial", "--epochs", "1", "--dropout", "0",
-             "--batch-size", "20", "--model", world[0] / "scratch"]
-    runs = []
-    for loss, flags in (("hmmc", pairs), ("contrastive", pairs), ("sdm", people[2])):
-        runs.append([*flags, "--loss", loss, "--precision", "fp32", "--lr", "1e-3", "--augment", "none",
-                     "--device", "cpu", "--out", folder / f"{loss}-2"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.encode, "__defaults__", (0.0,))
-        for flags in runs:
-            run(*flags[:-1], folder / flags[-1].name.replace("-2", "-1"))
+def test_two_processes_are_one_with_the_whole_batch(world, people, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["torch._dynamo", "test_train"])
-    pair = [start.Process(target=one_of_two, args=(number, port, runs)) for number in range(2)]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join()
-        assert process.exitcode == 0
-    return folder
-
-
-@pytest.mark.parametrize("loss", ["hmmc", "contrastive", "sdm"])
-def test_two_processes_are_one_with_the_whole_batch(one_and_two, loss):
-    one, two = (state(one_and_two / f"{loss}-{n}" / "last.pt") for n in (1, 2))
-    assert one["step"] == two["step"] > 1
-    assert one["history"][0]["loss"] == pytest.approx(two["history"][0]["loss"], rel=1e-5)
-    assert all(torch.allclose(one["learned"][name], two["learned"][name], atol=1e-5) for name in one["learned"])
-    moments = [[p["exp_avg"] for p in run["optimizer"]["state"].values()] for run in (one, two)]
-    assert all(torch.allclose(a, b, rtol=0.01, atol=1e-4 * a.abs().max()) for a, b in zip(*moments))    # not halved
-    one, two = (json.loads((one_and_two / f"{loss}-{n}" / "metrics.json").read_text())["rows"] for n in (1, 2))
-    assert two[-1][3] == pytest.approx(one[-1][3], abs=0.01)
-
-
-def test_one_of_two_processes_writes(one_and_two):
-    lines = (one_and_two / "hmmc-2/log.txt").read_text()
-    assert lines.count("epoch   1/1") == 1 and "2 processes" in lines
+    runs = {"hmmc": [*world[1], "--dropout", "0"], "contrastive": [*world[1], "--train", "all", "--method", "none"],
+            "sdm": people[2]}       # in the second one the logit scale learns
+    commands = []
+    for loss, flags in runs.items():
+        flags = [*flags, "--loss", loss, "--precision", "fp32", "--lr", "1e-3", "--augment", "none",
+                 "--batch-size", "20", "--epochs", "1", "--out", loss]
+        commands.append([str(flag) for flag in flags])
+    script = ("import sys, json, conftest, train\n"
+              "train.VIEW_DROPOUT = 0.0\n"              # processes draw other dropout
+              "for *flags, loss in json.loads(sys.argv[1]):\n"
+              "    train.train(train.parse([*flags, f'{sys.argv[2]}-{loss}']))\n")
+    processes = []
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        environment = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        processes.append(subprocess.Popen([sys.executable, "-c", script, json.dumps(commands), tmp_path / str(size)],
+                                          env=environment, cwd=os.path.dirname(__file__), stdout=subprocess.PIPE))
+    for process in processes:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    for loss in ("hmmc", "contrastive", "sdm"):
+        one, two = (state(tmp_path / f"{size}-{loss}" / "last.pt") for size in (1, 2))
+        assert one["step"] == two["step"] > 1
+        assert one["history"][0]["loss"] == pytest.approx(two["history"][0]["loss"], rel=1e-4)
+        for name in ["logit_scale"] if loss == "contrastive" else one["learned"]:
+            assert torch.allclose(one["learned"][name], two["learned"][name], atol=1e-5), (loss, name)
+        for index, moments in one["optimizer"]["state"].items():        # Adam's step hides a wrong factor
+            other = two["optimizer"]["state"][index]["exp_avg"]
+            assert torch.allclose(moments["exp_avg"], other, rtol=0.02, atol=1e-3 * other.abs().max()), (loss, index)
