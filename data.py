@@ -166,7 +166,7 @@ def read_json(file):
 
 
 def read_karpathy_json(path, split):
-    """Karpathy's `dataset*.json`, or a folder with one (images[].filename, .split, .sentences[].raw) -> Pairs."""
+    """Karpathy's `dataset*.json` or its folder (images[].filename, .split, .sentences[].raw) -> Pairs."""
     files = sorted(Path(path).glob("dataset*.json")) if Path(path).is_dir() else [Path(path)]
     if len(files) != 1:
         raise FileNotFoundError(f"{path} holds {len(files)} files dataset*.json, one is expected")
@@ -205,8 +205,8 @@ def read_folder(root, split):
     """One's own images: `captions.tsv` in lines image<TAB>caption or image<TAB>caption<TAB>split -> Pairs.
 
     An image, named from root or a folder `images` in it, may stand in several lines. Those without a split
-    are sorted, shuffled with random.seed(2) and dealt out: a tenth, at least one, to val and to test each, and
-    the rest (or one or two in all) to train. A header and quoted fields are read as spreadsheets write them.
+    are sorted, shuffled with random.seed(2) and dealt out: a tenth, at least one, to val and test each, the
+    rest (or one or two in all) to train. A header and quoted fields are read as spreadsheets write them.
     """
     file, entries = Path(root) / "captions.tsv", []
     for n, line in enumerate(read_lines(file), 1):

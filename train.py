@@ -130,8 +130,8 @@ def parse(argv):
         earlier = clip.read_file(file)["settings"]
         for name in given:
             if name not in ON_RESUME if args.resume else name in FROM_INIT:
-                raise ValueError(f"--{name.replace('_', '-')}: the run in {file} has {earlier[name]}, which stays "
-                                 "with --resume and --init; leave the flag out")
+                raise ValueError(f"--{name.replace('_', '-')}: the run in {file} has {earlier[name]}, which "
+                                 "stays with --resume and --init; leave the flag out")
     if args.resume:
         return argparse.Namespace(**earlier | {"device": None} | given)
     values = recipe(args)
@@ -157,8 +157,8 @@ def parse(argv):
     if args.method == "none" and args.train == "method":
         raise ValueError("--method none leaves nothing to train: add --train backbone, or test with eval.py")
     if args.train == "backbone" and args.method != "none" and not args.init:
-        raise ValueError(f"--train backbone would fix {args.method} as it starts, at random: give --init RUN, "
-                         "a run in which it learned (stage 2), or --train all to train both at once")
+        raise ValueError(f"--train backbone would fix {args.method} as it starts, at random: give --init RUN "
+                         "in which it learned (stage 2), or --train all to train both at once")
     stem = f"runs/{args.dataset}-{args.train if args.train != 'method' else args.method}"
     folders = [stem] + [f"{stem}-{number}" for number in range(2, 1000)]
     args.out = args.out or next(folder for folder in folders if not Path(folder).exists())
@@ -170,8 +170,8 @@ def parse(argv):
 # ------------------------------------------------------------------------------------ 2. what the loop calls
 
 def encode(tower, inputs, views):
-    """Features of a batch, not normalised, a tensor (B, D) for each view, in one forward. The second view of HMMC
-    (PE-RSITR) is the same tokens with element-wise dropout between embedding and first block."""
+    """Features of a batch, not normalised, a tensor (B, D) for each view, in one forward. HMMC's second view
+    (PE-RSITR) is the same tokens, with element-wise dropout between the embedding and the first block."""
     x = tower.embed(inputs)                                                             # (B, L, C)
     if views == 2:
         x = torch.cat([x, F.dropout(x, VIEW_DROPOUT)])                                  # (2B, L, C)
@@ -201,9 +201,17 @@ def choose_what_learns(model, what):
         parameter.requires_grad_(what == "all" or (name in of_method) == (what == "method"))
 
 
+def make_classifier(width, persons):
+    """Of the ID loss, on features that are not normalised (IRRA)."""
+    classifier = nn.Linear(width, persons)
+    nn.init.normal_(classifier.weight, std=0.001)
+    nn.init.zeros_(classifier.bias)
+    return classifier
+
+
 def make_optimizer(learned, added, args):
-    """AdamW over {name: parameter}; without weight decay, as in PE-RSITR, that is Adam. added: names of what is
-    new. Where CLIP learns with SDM (IRRA's recipe), biases have twice the rate, what is new five times."""
+    """AdamW over {name: parameter}; without weight decay, as in PE-RSITR, that is Adam. Where CLIP learns with
+    SDM (IRRA's recipe), biases have twice the rate, and what is new, named in `added`, five times."""
     groups = {}
     for name, parameter in learned.items():
         decay, factor = args.weight_decay if parameter.ndim >= 2 else 0.0, 1
@@ -256,9 +264,21 @@ def save(path, content):
         raise OSError(f"cannot write {path}: {reason}; make room and go on with --resume") from None
 
 
+def start_processes(device):
+    """Join the processes that torchrun started, each on its own GPU; process 0 is the one that speaks."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
 def gather(x):
-    """The rows of this process (B / WORLD, ...) -> those of all (B, ...), with gradients to its own rows. Each
-    process computes the loss of the whole batch, and gradients are averaged: own rows must count WORLD times."""
+    """The rows of this process (B / WORLD, ...) -> those of all (B, ...), with gradients to its own rows.
+
+    Each process computes the loss of the whole batch, and the gradients of the parameters are averaged after
+    it. So the gradient that flows through a process's own rows must count WORLD times.
+    """
     if WORLD == 1:
         return x
     rows = [torch.empty_like(x) for _ in range(WORLD)]
@@ -310,16 +330,12 @@ def build(args, captions):
 
 
 def train(args):
-    """One run, from its settings to its test: leaves the run's folder, returns the rows of its result table."""
-    # device and seed
+    """One run, from its settings to its test: leaves the run's folder, returns the rows of its table."""
+    # processes, device, seed
     began, out = time.time(), Path(args.out)
     args.device = args.device or ("cuda" if "cuda" in eval.DEVICES else "cpu")
     if WORLD > 1 and not dist.is_initialized():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")          # process 0 speaks and writes
+        start_processes(args.device)
     args.precision = args.precision or ("bf16" if fast_bf16(args.device) else "fp32")
     torch.manual_seed(args.seed * 2 ** 32)
 
@@ -330,30 +346,34 @@ def train(args):
         dist.barrier()
     pairs, notes = read_splits(args)
     model, tokenizer, fingerprint = build(args, pairs["train"].captions)
-    pairs, images, notes_on_images = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
+    pairs, images, image_notes = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
-    notes += notes_on_images
-    for split, part in pairs.items():
-        notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
-    tokens = tokenizer(pairs["train"].captions, model.config.context_length)            # (captions, L)
+    length = model.config.context_length
+    tokens = tokenizer(pairs["train"].captions, length)                         # (captions, L)
     text_ids = tokens.unique(dim=0, return_inverse=True)[1]             # equal captions share a number
     image_ids = torch.tensor(pairs["train"].image_of_caption)
     person_ids = torch.tensor(pairs["train"].ids)[image_ids] if pairs["train"].ids else image_ids
+    counts = ", ".join(f"{len(part.images)} {split}" for split, part in pairs.items())
+    tqdm.write(f"data    {args.dataset}: {counts} images, {len(tokens)} train captions")
+    for split, part in pairs.items():
+        image_notes += eval.caption_notes(tokenizer, part.captions, length, split)
+    for note in notes + image_notes:
+        tqdm.write(f"note    {note}")
+    args.total_parameters = sum(p.numel() for p in model.parameters())
+    tqdm.write(f"model   {args.init or args.model}: {args.total_parameters:,} parameters, {args.activation}, "
+               f"{args.image_size} px, {args.precision} on {args.device}, processes: {WORLD}")
 
-    # what learns, and the optimiser
+    # what learns
     choose_what_learns(model, args.train)
     if args.loss not in ("contrastive", "hmmc-softmax"):
         model.logit_scale.requires_grad_(False)                         # no other loss learns it
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     args.trained_parameters = sum(p.numel() for p in learned.values())
-    args.total_parameters = sum(p.numel() for p in model.parameters())
     added, classifier = set(adapters.trainable_state(model)), None
     if args.loss == "sdm+id":
-        width = eval.encode_texts(model, tokens[:1]).shape[1]
-        classifier = nn.Linear(width, int(person_ids.max()) + 1).to(args.device)
-        nn.init.normal_(classifier.weight, std=0.001)
-        nn.init.zeros_(classifier.bias)
+        classifier = make_classifier(eval.encode_texts(model, tokens[:1]).shape[1], int(person_ids.max()) + 1)
+        classifier.to(args.device)
         learned |= {f"classifier.{name}": p for name, p in classifier.named_parameters()}
         added |= {"classifier.weight", "classifier.bias"}
     if args.precision == "bf16":
@@ -362,12 +382,12 @@ def train(args):
         if isinstance(module, clip.Transformer):
             module.grad_checkpointing = args.grad_checkpointing
     optimizer = make_optimizer(learned, added, args)
+    tqdm.write(f"method  {args.method}; {args.train} learns: {args.trained_parameters:,} parameters, "
+               f"{100 * args.trained_parameters / args.total_parameters:.2f} %")
 
     # where to begin: at step 0, or at the last checkpoint
     epoch_batches = data.epoch_batches(pairs["train"], args.epoch_over, args.batch_size, args.seed, 0, WORLD)
     steps = len(epoch_batches)
-    if args.model in FROM_SCRATCH and args.epochs * steps < 500:
-        notes.append(f"{args.epochs * steps} steps from scratch teach little: 500 and more are needed")
     if steps == 0:
         raise ValueError(f"{len(tokens)} captions in batches of {args.batch_size} for {WORLD} processes make "
                          "no batch of two pairs, with one for each process")
@@ -380,24 +400,19 @@ def train(args):
             learned[name].data.copy_(value)
         optimizer.load_state_dict(last["optimizer"])
         step, history, sums = last["step"], last["history"], last["sums"]
+        tqdm.write(f"resume  in epoch {step // steps + 1}, after step {step}")
     out.mkdir(parents=True, exist_ok=True)
-    counts = ", ".join(f"{len(part.images)} {split}" for split, part in pairs.items())
-    tqdm.write(f"data    {args.dataset}: {counts} images, {len(tokens)} train captions")
-    for note in notes:
-        tqdm.write(f"note    {note}")
-    share = 100 * args.trained_parameters / args.total_parameters
-    tqdm.write(f"model   {args.init or args.model}: {args.total_parameters:,} parameters, {args.image_size} px, "
-             f"{args.activation}, {args.precision} on {args.device}, processes: {WORLD}")
-    tqdm.write(f"method  {args.method}; {args.train} learns: {args.trained_parameters:,} parameters, {share:.2f} %")
     tqdm.write(f"recipe {args.recipe or ' all of it from flags'}")
-    tqdm.write(f"run     {out}: {args.loss} loss, {args.epochs} epochs of {steps} steps, batch {args.batch_size}, "
-             f"lr {args.lr:g}, seed {args.seed}" + (f"; goes on after step {step}" if step else ""))
+    tqdm.write(f"run     {out}: {args.loss} loss, {args.epochs} epochs of {steps} steps, "
+               f"batch {args.batch_size}, lr {args.lr:g}, seed {args.seed}")
+    if args.model in FROM_SCRATCH and args.epochs * steps < 500:
+        tqdm.write(f"note    {args.epochs * steps} steps from scratch teach little, 500 or more are needed")
 
     # the loop
     views, last_step = 2 if args.loss.startswith("hmmc") else 1, args.epochs * steps
     first_step, loop_began, saved_at = step, time.time(), time.time()
-    batches = data.batches(pairs["train"], images["train"], tokens, args.epoch_over, args.batch_size, args.seed,
-                           step, last_step, RANK, WORLD)
+    batches = data.batches(pairs["train"], images["train"], tokens, args.epoch_over, args.batch_size,
+                           args.seed, step, last_step, RANK, WORLD)
     model.train()
     for pixels, captions, rows in tqdm(batches, "step", last_step, initial=step, leave=False,
                                        disable=True if RANK > 0 else None):
@@ -425,8 +440,8 @@ def train(args):
                 parameter.grad /= WORLD             # the mean over the processes
         norms = torch.stack([p.grad.norm() for p in learned.values() if p.grad is not None])
         if not (loss.isfinite() and norms.isfinite().all()):
-            raise ValueError(f"loss {loss.item()}, or its gradient, is not finite at step {step}; what {out} "
-                             f"holds is of before. In a new run, try --lr {args.lr / 3:.1g} or --precision fp32")
+            raise ValueError(f"loss {loss.item()}, or its gradient, is not finite at step {step}; {out} holds "
+                             f"what was before. In a new run try --lr {args.lr / 3:.1g}, or --precision fp32")
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))         # as CLIP: the temperature is 0.01 or more
@@ -460,10 +475,10 @@ def train(args):
             tqdm.write(f"epoch {epoch:3d}/{args.epochs}  {terms}  lr {lr:.1e}  {score}"
                      f"{args.batch_size / seconds:.0f} images/s  "
                      f"left {tqdm.format_interval(seconds * (last_step - step))}")
-            collapsed = 6 * args.margin * sum(map(len, epoch_batches)) / steps      # HMMC of equal similarities
+            collapsed = 6 * args.margin * sum(map(len, epoch_batches)) / steps
             if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / collapsed - 1) < 0.02:
-                tqdm.write(f"note: {collapsed:.1f} is the loss of a model for which everything is alike; if it "
-                         "stays there, lower --margin or take --loss hmmc-softmax")
+                tqdm.write(f"note    {collapsed:.1f} is the loss when all similarities are equal; if it stays "
+                           "there, lower --margin or take --loss hmmc-softmax")
         if RANK == 0 and (steps_into_epoch == 0 or time.time() - saved_at > CHECKPOINT_SECONDS):
             saved_at = time.time()
             save(out / "last.pt", dict(
@@ -475,7 +490,7 @@ def train(args):
 
 
 def test(args, out, pairs, images, seconds):
-    """The test set, touched once: chance, what the run started from, and best.pt -> rows of the result table."""
+    """The test set, touched once: chance, what the run started from, and best.pt -> rows of its table."""
     split = "test" if "test" in pairs else "val"
     rows = [("chance", None, None, eval.chance(pairs[split]))]
     for path in (args.init or args.model, out):
@@ -489,9 +504,10 @@ def test(args, out, pairs, images, seconds):
                 name = f"before: {name}"
             rows.append((name, trained, 100 * trained / args.total_parameters, metrics))
     how = f"best epoch {settings['epoch']} by val" if "val" in pairs else "the last epoch"
-    tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, {len(pairs[split].captions)} captions, "
-             f"{how}, {tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\nwritten: {out}/ best.pt last.pt "
-             f"metrics.json curve.png; next: python eval.py {out}{' --split val' if split == 'val' else ''}")
+    option = " --split val" if split == "val" else ""
+    tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, {len(pairs[split].captions)} "
+               f"captions, {how}, {tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"
+               f"written: {out}/ best.pt last.pt metrics.json curve.png; next: python eval.py {out}{option}")
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device.startswith("cuda") else None
     content = dict(settings=vars(args), split=split, minutes=seconds / 60, memory_gb=memory,
                    total_parameters=args.total_parameters, rows=rows)
@@ -537,7 +553,7 @@ def main(argv):
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; python train.py --resume --out RUN goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; --resume --out RUN goes on from the run's last checkpoint", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -222,7 +222,7 @@ def test_a_hinge_at_its_collapse_value_is_told(world, tmp_path, capsys):
         saved["state_dict"][name] = torch.zeros_like(saved["state_dict"][name])
     torch.save(saved, tmp_path / "best.pt")
     run(*flags[:-1], tmp_path / "best.pt", "--epochs", "1", "--lr", "1e-9", "--out", tmp_path / "run")
-    assert "17.1 is the loss of a model for which everything is alike" in capsys.readouterr().out
+    assert "17.1 is the loss when all similarities are equal" in capsys.readouterr().out
 
 
 def test_few_steps_from_scratch_are_told(world, tmp_path, capsys):
