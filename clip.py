@@ -1,14 +1,12 @@
 """CLIP from scratch: two transformers that put images and captions into one space.
-
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020.
-Three parts: the model; pixels and words (preprocess, Tokenizer); weight files (load_clip).
+
 Facts that bite: a caption ends in EOT, where its feature is read; attention in the text tower is causal, so
 nothing after EOT matters; OpenAI's models use QuickGELU, many of open_clip's GELU; all heads are 64 wide.
 
 Shapes: B batch, L sequence length, C width, H heads, D joint width of both towers, N texts.
 """
 import gzip
-import hashlib
 import html
 import json
 import math
@@ -60,8 +58,7 @@ def quick_gelu(x):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention in three steps, so that a method can change one: project, attend, out_proj.
-    The parameters are named as OpenAI's; q, k and v are packed in `in_proj`."""
+    """Multi-head self-attention in three steps, for methods to change one: project, attend, out_proj."""
     def __init__(self, width, causal):
         super().__init__()
         self.heads, self.causal = width // 64, causal
@@ -156,8 +153,7 @@ class VisionTower(nn.Module):
     def embed(self, images):
         x = self.conv1(images)                                                # (B, C, rows, columns)
         if x.shape[2:] != self.grid:
-            raise ValueError(f"images of {tuple(images.shape[2:])} pixels make {tuple(x.shape[2:])} patches, "
-                             f"this model reads {self.grid}: give load_clip the image_size")
+            raise ValueError(f"images have {tuple(x.shape[2:])} patches, this model reads {self.grid}")
         x = x.flatten(2).transpose(1, 2)                                      # (B, patches, C)
         cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, L = 1 + patches, C)
@@ -187,10 +183,9 @@ class TextTower(nn.Module):
     def embed(self, tokens):
         # cut after the longest caption's EOT. Exact: attention is causal, so no token sees a later one
         tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
-        L, limit = tokens.shape[1], len(self.positional_embedding)
-        if L > limit or (tokens.amax(dim=1) != self.eot).any():
-            raise ValueError(f"a text has no EOT, id {self.eot}, in its first {limit} tokens: use this "
-                             "model's tokenizer and context_length")
+        L, longest = tokens.shape[1], len(self.positional_embedding)
+        if L > longest or (tokens.amax(dim=1) != self.eot).any():
+            raise ValueError(f"each text must have EOT, {self.eot}, in its first {longest} tokens")
         return self.token_embedding(tokens) + self.positional_embedding[:L]   # (B, L, C)
 
     def pool(self, x, tokens):
@@ -243,11 +238,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(image, size):
-    """PIL image -> uint8 tensor (3, H, W), equal to OpenAI's torchvision pipeline to the bit.
-
-    size: the short side is resized to it, in pixels (bicubic), and the centre cut out; or (height, width), to
-    which the image is resized. EXIF orientation is ignored, as torchvision does.
-    """
+    """PIL image -> uint8 tensor (3, H, W), equal to OpenAI's torchvision pipeline to the bit, EXIF ignored.
+    size: of the short side, in pixels, before the centre is cut out; or (height, width), without a cut."""
     if isinstance(size, int):
         width, height = (int(size * side / min(image.size)) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
@@ -268,10 +260,8 @@ def normalize(images):
 VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")       # its sha256
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
-# OpenAI's pattern has \p{L} for letters and \p{N} for numbers, which only the package regex knows. In re, \w
-# is letters, numbers and _, and \d decimal digits; what else is a number, such as a raised 2, is in NUMBERS.
-# differs from OpenAI: from U+3400 on, numbers that are no decimal digits count as letters; letters newer than
-# Python's Unicode tables are signs
+# OpenAI's pattern without the package regex: \w is letters, numbers and _, \d is digits, NUMBERS the numbers
+# that are no digits, such as a raised 2. differs from OpenAI: from U+3400 on these count as letters
 NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                   rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]"     # letters; one number
@@ -285,8 +275,7 @@ BYTES = dict(zip(VISIBLE + HIDDEN, map(chr, VISIBLE + [*range(256, 324)])))
 
 def words_of(text):
     """The words OpenAI's tokenizer sees in a text: runs of letters, single numbers, runs of signs.
-    differs from OpenAI: of what ftfy repairs, only HTML entities, curly quotes and NFC are done here;
-    mojibake, ligatures, full-width letters and control characters stay."""
+    differs from OpenAI: of what ftfy repairs, only HTML entities, curly quotes and NFC are done here."""
     text = html.unescape(html.unescape(text)).translate(CURLY)
     return WORD.findall(" ".join(unicodedata.normalize("NFC", text).split()).lower())
 
@@ -310,10 +299,8 @@ def merge(symbols, pair):
 
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
-
-    path: None or one of OpenAI's names, for their vocabulary (1.3 MB, fetched once); its .gz file; or weights
-    of which a run of ours may have its own vocabulary. merges: instead of a path, a list of "a b".
-    """
+    path: None or one of OpenAI's names, for their vocabulary; its .gz file; or weights, as a run of ours may
+    have its own vocabulary. merges: instead of a path, a list of "a b"."""
     def __init__(self, path=None, merges=None):
         is_vocabulary = str(path).endswith(".gz")
         if path is not None and path not in URLS and not is_vocabulary:
@@ -322,7 +309,7 @@ class Tokenizer:
         if merges is None:
             path = path if is_vocabulary else download(*VOCABULARY)
             with loading(path), gzip.open(path, "rt", encoding="utf-8") as file:
-                lines = file.read().strip().split("\n")
+                lines = file.read().split("\n")
             merges = lines[1:1 + 49152 - 256 - 2]       # a header first; more follow than CLIP uses
         pairs = [tuple(line.split()) for line in merges]
         self.rank = {pair: i for i, pair in enumerate(pairs)}
@@ -343,8 +330,7 @@ class Tokenizer:
             for pair in zip(symbols, symbols[1:]):
                 pairs[pair] += count
         while len(learned) < merges and any(pairs.values()):
-            most = max(pairs.values())
-            best = max(pair for pair, count in pairs.items() if count == most)
+            best = max(pairs, key=lambda pair: (pairs[pair], pair))
             learned.append(" ".join(best))
             for i, (symbols, count) in enumerate(words):
                 if best[0] in symbols:
@@ -359,11 +345,10 @@ class Tokenizer:
     def ids_of(self, word):
         """Ids of a word: of its pairs the one learned first is merged, until none is known."""
         symbols = spell(word)
-        while len(symbols) > 1:
-            first = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))
-            if first not in self.rank:
-                break
-            symbols = merge(symbols, first)
+        pairs = self.rank.keys() & zip(symbols, symbols[1:])
+        while pairs:
+            symbols = merge(symbols, min(pairs, key=self.rank.get))
+            pairs = self.rank.keys() & zip(symbols, symbols[1:])
         return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, text):
@@ -374,10 +359,6 @@ class Tokenizer:
                 self.known[word] = self.ids_of(word)
             ids += self.known[word]
         return ids + [self.eot]
-
-    def length(self, text):
-        """Number of a text's tokens with SOT and EOT, before any cut."""
-        return len(self.encode(text))
 
     def __call__(self, texts, context_length=77):
         """Texts (a list, or one) -> int64 (N, context_length): SOT, the text, EOT, then zeros.
@@ -404,10 +385,7 @@ URLS = {    # the folder's name is the file's sha256
 }
 FILES = ("best.pt", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
          "pytorch_model.bin")       # what is looked for in a folder
-DTYPES = {  # of safetensors
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this order
     "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
     "vision_model.": "visual.", "text_model.": "", "embeddings.": "",
@@ -416,6 +394,7 @@ HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this ord
     "encoder.layers.": "transformer.resblocks.", "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.",
     "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.", "self_attn.": "attn.",
 }
+ANCHOR = "visual.conv1.weight"
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 
 
@@ -424,30 +403,24 @@ def loading(path):
     """Whatever a damaged or foreign file makes pickle, zipfile, json or torch raise becomes one line."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in it
             named = re.findall(r"GLOBAL (\S+)", reason)
             reason = f"it is damaged or holds more than tensors {named}; nothing in it was run"
-        elif not isinstance(error, ValueError):
-            reason = f"{type(error).__name__} {reason}"
-        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+        raise ValueError(f"{path} cannot be loaded ({type(error).__name__}): {reason}") from error
 
 
 def download(url, sha256):
-    """Path of a file of OpenAI's in $CLIP_CACHE or ~/.cache/clip; fetched if not there, its hash checked."""
+    """Path of a file of OpenAI's in $CLIP_CACHE or ~/.cache/clip; fetched and checked if it is not there."""
     path = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
     if not path.exists():
-        try:    # torch writes to another name and renames when the hash is right: half a file is never used
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)      # leaves no half file
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"cannot download {url} ({error}): put that file at {path}. Other "
                                     f"weights: --model FILE; they need {VOCABULARY[0]} too") from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged, its sha256 is not {sha256}: delete it and run again")
     return path
 
 
@@ -456,78 +429,64 @@ def find_file(name_or_path):
     if name_or_path in URLS:
         return download(URLS[name_or_path], sha256=URLS[name_or_path].split("/")[-2])
     path = Path(name_or_path)
-    if path.is_dir():
-        names = sorted(file.name for file in path.iterdir())
-        known = [name for name in FILES if name in names]
-        if not known:
-            raise FileNotFoundError(f"{path} has none of {', '.join(FILES)}, but {names[:20]}: give a file")
-        path = path / known[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give a weight file or its folder, or one of "
-                                f"{', '.join(URLS)} (ResNets such as RN50 are not supported)")
-    return path
+    for file in [path] + [path / name for name in FILES]:
+        if file.is_file():
+            return file
+    held = sorted(os.listdir(path))[:20] if path.is_dir() else "nothing"
+    raise FileNotFoundError(f"{path} is no weight file and no folder with {', '.join(FILES)}, but {held}: "
+                            f"give one of these or {', '.join(URLS)} (no ResNets such as RN50)")
+
+
+def flatten(nested, prefix=""):
+    """Nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 class ScriptModule(dict):
-    """A module of a TorchScript archive without its code: its tensors and its parts' by dotted names."""
-    def __setstate__(self, attributes):
-        for name, value in attributes.items():
-            if isinstance(value, ScriptModule):
-                self.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
-            elif isinstance(value, torch.Tensor):
-                self[name] = value
+    """A module of a TorchScript archive, without its code: the dict of its attributes."""
+    __setstate__ = dict.update
 
 
 class ScriptUnpickler(pickle.Unpickler):
-    """Reads a TorchScript archive without running what is in it: its pickle can name these things alone."""
+    """Reads a TorchScript archive and runs nothing in it: whatever its pickle names, it gets one of these."""
     KNOWN = {
-        "collections.OrderedDict": dict, "torch.HalfStorage": torch.half, "torch.FloatStorage": torch.float,
-        "torch.DoubleStorage": torch.double, "torch.LongStorage": torch.long, "torch.IntStorage": torch.int,
-        "torch._utils._rebuild_tensor_v2":
-            lambda data, offset, shape, stride, *_: data.as_strided(shape, stride, offset),
+        "OrderedDict": dict,
+        "HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long,
+        "_rebuild_tensor_v2": lambda data, offset, shape, stride, *_: data.as_strided(shape, stride, offset),
     }
 
-    def __init__(self, archive, folder):
-        super().__init__(archive.open(folder + "data.pkl"))
-        self.archive, self.folder = archive, folder
+    def __init__(self, folder):
+        super().__init__((folder / "data.pkl").open("rb"))
+        self.folder = folder
 
     def find_class(self, module, name):
-        if module.split(".")[0] == "__torch__":     # a class that TorchScript compiled
-            return ScriptModule
         if module == "torch.jit._pickle":           # called on a list or dict to mark its type
             return lambda value, *_: value
-        if f"{module}.{name}" not in self.KNOWN:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return self.KNOWN[f"{module}.{name}"]
+        return ScriptModule if module.startswith("__torch__") else self.KNOWN[name]
 
     def persistent_load(self, storage):
         _, dtype, key, *_ = storage
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}data/{key}")), dtype=dtype)
+        return torch.frombuffer(bytearray((self.folder / "data" / key).read_bytes()), dtype=dtype)
 
 
 def read_safetensors(path):
     """{name: tensor}. The file: the length of a JSON header in 8 bytes, the header, the tensors' bytes."""
-    content = np.fromfile(path, np.uint8)
-    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:start].tobytes())
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        if start + last > len(content):
-            raise ValueError(f"it is cut short, within {name}")
-        data = torch.from_numpy(content[start + first:start + last].copy())
-        tensors[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        dtype, shape, offset = DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0]
+        tensor = torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=offset)
+        tensors[name] = tensor.view(shape)
     return tensors
-
-
-def read_zip(path):
-    """What torch.save wrote, or TorchScript, which puts a constants.pkl beside the data.pkl."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith("constants.pkl"):
-                return ScriptUnpickler(archive, name.removesuffix("constants.pkl")).load()
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_file(name_or_path):
@@ -535,142 +494,114 @@ def read_file(name_or_path):
     "settings"). Runs nothing of it. Raises FileNotFoundError or ValueError, in one line."""
     path = find_file(name_or_path)
     with loading(path), open(path, "rb") as file:
-        start = file.read(16)
+        start = file.read(9)
+        if start[8:] == b"{":
+            return read_safetensors(path)
         if start[:2] == b"PK":
-            content = read_zip(path)
-        elif start[:1] == b"\x80":                  # torch.save's before torch 1.6
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        elif start[8:9] == b"{":
-            content = read_safetensors(path)
-        else:
+            folder, = zipfile.Path(path).iterdir()
+            if (folder / "constants.pkl").exists():     # TorchScript
+                return ScriptUnpickler(folder).load()
+        elif start[:1] != b"\x80":                      # a pickle, as torch.save wrote before torch 1.6
             raise ValueError(f"it is no weight file, it starts with {start!r}")
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, no dict of tensors")
-    return content
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def to_openai(content):
-    """{OpenAI's name: tensor} of tensors under OpenAI's, open_clip's or Hugging Face's names, which may all
-    stand behind a prefix such as module. or model."""
+    """{OpenAI's name: tensor} from OpenAI's, open_clip's or Hugging Face's names behind any common prefix."""
     for container in ("state_dict", "model_state_dict", "model"):
         content = content.get(container, content)
-    if any("lora_A" in name or "base_layer" in name for name in content):
-        raise ValueError("it is an unmerged PEFT checkpoint: call merge_and_unload() and save it again")
-    anchors = "visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"
-    anchored = [name for name in content if name.endswith(anchors)]
-    if len(anchored) != 1:
-        raise ValueError(f"it holds {len(anchored)} CLIPs {anchored} among {list(content)[:3]} ...: one is "
+    renamed = {}
+    for name, tensor in flatten(content).items():
+        if "lora_A" in name or "base_layer" in name:
+            raise ValueError("it is an unmerged PEFT checkpoint: call merge_and_unload() and save it again")
+        if name.endswith("_projection.weight"):     # a linear layer of Hugging Face, a matrix of OpenAI
+            tensor = tensor.T
+        for theirs, ours in HUGGING_FACE.items():
+            name = name.replace(theirs, ours)
+        if isinstance(tensor, torch.Tensor) and not name.endswith(NO_WEIGHTS):
+            renamed[name] = tensor
+    prefixes = [name.removesuffix(ANCHOR) for name in renamed if name.endswith(ANCHOR)]
+    if len(prefixes) != 1:
+        raise ValueError(f"it holds {len(prefixes)} CLIPs {prefixes} among {list(content)[:3]} ...: one is "
                          "needed, with OpenAI's two transformers; no ResNet, no SigLIP, no tower alone")
-    prefix = anchored[0].removesuffix(anchors[0]).removesuffix(anchors[1])
-    weights = {}
-    for name, tensor in content.items():
-        if name.startswith(prefix) and not name.endswith(NO_WEIGHTS):
-            ours = name.removeprefix(prefix).removeprefix("text.")
-            for piece, replacement in HUGGING_FACE.items():
-                ours = ours.replace(piece, replacement)
-            # Hugging Face's projections are linear layers, OpenAI's matrices
-            weights[ours] = tensor.T if name.endswith("_projection.weight") else tensor
-    for name in [name for name in weights if ".q_proj." in name]:       # Hugging Face's q, k and v are apart
-        qkv = [weights.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-        weights[name.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
+    weights = {name.removeprefix(prefixes[0]).removeprefix("text."): tensor
+               for name, tensor in renamed.items() if name.startswith(prefixes[0])}
+    for name in list(weights):
+        if ".q_proj." in name:                      # Hugging Face's q, k and v are apart
+            qkv = [weights.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+            weights[name.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
     return weights
 
 
-def config_of(weights, trained_at, image_size):
-    """CLIPConfig from tensors' shapes. Its image size is the first of trained_at, a square and image_size
-    that has as many patches as the file."""
+def config_of(weights, image_size):
+    """CLIPConfig from the tensors' shapes; image_size: what it was trained at, None for a square."""
     width, _, _, patch = weights["visual.conv1.weight"].shape
     vocab_size, text_width = weights["token_embedding.weight"].shape
-    context_length, embed_dim = len(weights["positional_embedding"]), weights["text_projection"].shape[1]
     if width > 1024 or width % 64 or text_width % 64:       # ViT-H is 1280 wide, its heads are 80
-        raise ValueError(f"its towers are {width} and {text_width} wide: only heads that are 64 wide are "
-                         "supported, up to ViT-L")
-    blocks = [name for name in weights if name.endswith(".ln_1.bias")]
-    vision_layers = sum(name.startswith("visual.") for name in blocks)
-    patches = len(weights["visual.positional_embedding"]) - 1
-    for size in (trained_at, math.isqrt(patches) * patch, image_size):
-        if size is not None:
-            config = CLIPConfig(embed_dim, size, patch, width, vision_layers, context_length, vocab_size,
-                                text_width, len(blocks) - vision_layers)
-            if math.prod(config.grid) == patches:
-                return config
-    raise ValueError(f"its {patches} patches make no square: give the image_size it was trained at")
-
-
-def lookup(settings, field):
-    """A dotted field of a JSON file's content, None where it is not there."""
-    for key in field.split("."):
-        settings = None if settings is None else settings.get(key)
-    return settings
+        raise ValueError(f"its towers are {width} and {text_width} wide: heads must be 64 wide, up to ViT-L")
+    is_visual = [name.startswith("visual.") for name in weights if name.endswith(".ln_1.bias")]      # blocks
+    square = math.isqrt(len(weights["visual.positional_embedding"]) - 1) * patch
+    return CLIPConfig(
+        embed_dim=weights["text_projection"].shape[1], image_size=image_size or square, patch_size=patch,
+        vision_width=width, vision_layers=is_visual.count(True), vocab_size=vocab_size, text_width=text_width,
+        context_length=len(weights["positional_embedding"]), text_layers=is_visual.count(False))
 
 
 def activation_beside(path, config, given):
-    """The activation: the one given, or what Hugging Face's and open_clip's files beside the weights say, or
-    quick_gelu. ValueError where these files say what this code cannot do."""
+    """The activation: the given one, or what Hugging Face's or open_clip's files beside the weights say, or
+    quick_gelu. ValueError for what these files ask and this code cannot do."""
     supported = {
         "vision_config.num_attention_heads": config.vision_width // 64, "vision_config.layer_norm_eps": 1e-5,
         "text_config.num_attention_heads": config.text_width // 64, "text_config.layer_norm_eps": 1e-5,
         "model_cfg.vision_cfg.head_width": 64, "model_cfg.text_cfg.heads": config.text_width // 64,
-        "model_cfg.vision_cfg.act_kwargs": {}, "model_cfg.text_cfg.act_kwargs": {},
+        "model_cfg.vision_cfg.act_kwargs.approximate": "none", "model_cfg.vision_cfg.pool_type": "tok",
+        "model_cfg.text_cfg.act_kwargs.approximate": "none", "model_cfg.text_cfg.no_causal_mask": False,
         "model_cfg.vision_cfg.norm_kwargs.eps": 1e-5, "model_cfg.text_cfg.norm_kwargs.eps": 1e-5,
-        "model_cfg.vision_cfg.pool_type": "tok", "model_cfg.text_cfg.no_causal_mask": False,
         "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD),
         "image_mean": list(MEAN), "image_std": list(STD),
     }
-    named = {}
+    stated = {}
     for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
         file = path.with_name(name)
-        if not file.is_file():
-            continue
-        with loading(file):
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            for field, value in supported.items():
-                stated = lookup(settings, field)
-                if stated not in (None, value):
-                    raise ValueError(f"{field} is {stated!r}, only {value!r} is supported")
-            if name == "open_clip_config.json":
-                settings.setdefault("model_cfg", {}).setdefault("quick_gelu", False)
-            for field in ("vision_config.hidden_act", "text_config.hidden_act", "model_cfg.quick_gelu"):
-                if lookup(settings, field) is not None:
-                    named[f"{name}: {field}"] = lookup(settings, field)
-    if given is not None:
-        return given
-    for activation, quick in (("quick_gelu", True), ("gelu", False)):
-        if all(value in (activation, quick) for value in named.values()):
-            return activation
-    raise ValueError(f"{path} cannot be loaded: {named}, and only quick_gelu or gelu throughout is supported")
+        if file.is_file():
+            with loading(file):
+                stated.update(flatten(json.loads(file.read_text(encoding="utf-8"))))
+    for field, value in supported.items():
+        if stated.get(field) not in (None, value):
+            raise ValueError(f"a .json beside it says {field} {stated[field]!r}: only {value!r} is supported")
+    named = {stated.get("vision_config.hidden_act"), stated.get("text_config.hidden_act")} - {None}
+    if any(field.startswith("model_cfg.") for field in stated):         # open_clip's default is GELU
+        named.add("quick_gelu" if stated.get("model_cfg.quick_gelu") else "gelu")
+    if given:
+        named = {given}
+    if named not in (set(), {"quick_gelu"}, {"gelu"}):
+        raise ValueError(f"its activation is {sorted(named)}: give quick_gelu or gelu, for both towers")
+    return named.pop() if named else "quick_gelu"
 
 
 def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
-    """A CLIP in float32 and eval mode, from one of OpenAI's names or weights of any known kind.
-
-    Weights, a file or its folder: OpenAI's archives, state dicts, training checkpoints, open_clip's, Hugging
-    Face's CLIPModel, a run of ours. image_size: pixels or (height, width); other than the checkpoint's, the
-    positional grid is resized (bilinear). activation: "quick_gelu" or "gelu", rather than what the files say.
-    Nothing in a file is ever run. Raises FileNotFoundError or ValueError.
-    """
+    """A CLIP in float32 and eval mode, from one of OpenAI's names or weights of any known kind: a file or a
+    folder of OpenAI, open_clip, Hugging Face's CLIPModel, a trainer, or a run of ours. Runs nothing in it.
+    image_size: pixels or (height, width); if not the checkpoint's, the positional grid is resized (bilinear).
+    activation: "quick_gelu" or "gelu", whatever the files say. Raises FileNotFoundError or ValueError."""
     path = find_file(name_or_path)
     content = read_file(path)
     with loading(path):
         settings = content.get("settings", {})
         if "trained" in content and "state_dict" not in content:
-            raise ValueError(f"it holds a method for {settings.get('model', 'a CLIP')}, no CLIP: give that, "
-                             f"or use python eval.py {name_or_path}")
+            raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
         weights = to_openai(content)
-        config = config_of(weights, settings.get("image_size"), image_size)
+        config = config_of(weights, settings.get("image_size"))
         grid, config.image_size = config.grid, image_size or config.image_size
         if config.grid != grid:
             cls, position = weights["visual.positional_embedding"].float().tensor_split([1])
-            position = position.T.reshape(1, -1, *grid)                       # (1, C, rows, columns)
+            position = position.T.reshape(1, config.vision_width, *grid)      # (1, C, rows, columns)
             position = F.interpolate(position, config.grid, mode="bilinear", align_corners=False)
             weights["visual.positional_embedding"] = torch.cat([cls, position[0].flatten(1).T])
-    config.activation = activation_beside(path, config, activation or content.get("activation"))
-    if config.activation not in ("quick_gelu", "gelu"):
-        raise ValueError(f"activation {config.activation!r} is not known: give quick_gelu or gelu")
-    with torch.device("meta"):      # takes no memory and draws no random numbers
-        model = CLIP(config)
-    ours = {name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor
-            for name, tensor in weights.items()}
-    with loading(path):
+        config.activation = activation_beside(path, config, activation or content.get("activation"))
+        with torch.device("meta"):      # takes no memory and draws no random numbers
+            model = CLIP(config)
+        ours = {name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor
+                for name, tensor in weights.items()}
         model.to_empty(device="cpu").load_state_dict(ours)
     return model.to(device).eval()

@@ -11,10 +11,8 @@ import hashlib
 import json
 import os
 import random
-import sys
-import uuid
+import tempfile
 import warnings
-from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +44,6 @@ class NoSplit(ValueError):
     """The data set is there, but it has no such split."""
 
 
-# what a file says of one image; where: the file and its line or entry, for errors; person: an id or None
-Entry = namedtuple("Entry", "where split name captions person")
 SPLITS = {"train": "train", "training": "train", "restval": "train",    # restval: COCO's second training part
           "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 
@@ -61,20 +57,21 @@ def check(condition, message):
 def read_lines(path):
     """The lines of a UTF-8 text file, also from Windows: with a byte order mark and CR LF."""
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")     # splitlines() cuts at U+2028
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line} is not UTF-8 text; convert the file first") from None
-    return [line.strip(" \r") for line in (lines if lines[-1] else lines[:-1])]
+    # split, because splitlines() would cut at U+2028 too
+    return [line.strip(" \r") for line in text.removesuffix("\n").split("\n")]
 
 
-def pair_up(rows, id_of_image):
-    """Rows (image path, caption) -> Pairs; equal paths are one image. id_of_image: {path: id or None}."""
-    images = list(dict.fromkeys(path for path, _ in rows))      # each once, in order of first appearance
-    number = {path: n for n, path in enumerate(images)}
-    captions = [caption.strip() for _, caption in rows]
-    ids = [id_of_image[path] for path in images]
-    return Pairs(images, captions, [number[path] for path, _ in rows], None if None in ids else ids)
+def pair_up(rows):
+    """Rows (image path, caption, person id or None) -> Pairs; equal paths are one image."""
+    id_of_image = {path: person for path, _, person in rows}        # in order of first appearance
+    number = {path: n for n, path in enumerate(id_of_image)}
+    ids = list(id_of_image.values())
+    return Pairs(list(id_of_image), [caption.strip() for _, caption, _ in rows],
+                 [number[path] for path, _, _ in rows], None if None in ids else ids)
 
 
 def image_folder(root, names):
@@ -88,8 +85,8 @@ def image_folder(root, names):
 
 
 def choose_split(file, entries, split):
-    """The entries of one split of an annotation file -> Pairs. NoSplit, or ValueError with the entry."""
-    first_with, chosen = {}, []
+    """One split of entries (file and line, split, image name, captions, person id or None) -> Pairs."""
+    known, rows = {}, []
     for where, word, name, captions, person in entries:
         check(isinstance(name, str) and name.strip(), f"{where}: {name!r:.80} is no name of an image file")
         check(isinstance(captions, list) and all(isinstance(caption, str) for caption in captions),
@@ -97,53 +94,43 @@ def choose_split(file, entries, split):
         meant = SPLITS.get(str(word).strip().lower())
         check(meant, f"{where}: the split {word!r:.80} is none of {', '.join(SPLITS)}")
         name = name.strip().replace("\\", "/")      # from Windows
-        entry = Entry(where, meant, name, captions, person)
-        first = first_with.setdefault(name, entry)
-        check(entry.split == first.split, f"{where}: {name} is in {entry.split}, before in {first.split}")
-        check(person == first.person, f"{where}: {name} is person {person}, in {first.where} {first.person}")
-        if entry.split == split:
-            chosen.append(entry)
-    if not chosen:
-        counts = Counter(entry.split for entry in first_with.values())
-        raise NoSplit(f"{file} has no image of split {split!r}; there are {dict(counts)}")
-    folder, rows, id_of_image = image_folder(file.parent, list(first_with)), [], {}
-    for entry in chosen:
-        path = str(folder / entry.name)
-        rows += [(path, caption) for caption in entry.captions]
-        id_of_image[path] = entry.person
-    return pair_up(rows, id_of_image)
+        before = known.setdefault(name, (meant, person))
+        check(before == (meant, person), f"{where}: {name} has the split and person {meant, person}, "
+              f"but {before} further up")
+        if meant == split:
+            rows += [(name, caption, person) for caption in captions]
+    if not rows:
+        raise NoSplit(f"{file} has no split {split!r}, only {sorted({meant for meant, _ in known.values()})}")
+    folder = image_folder(file.parent, list(known))
+    return pair_up([(str(folder / name), caption, person) for name, caption, person in rows])
 
 
-def read_precomp(root, split, seed=2):
+def read_precomp(root, split):
     """UCM, RSICD and RSITMD as the remote-sensing papers pass them on -> Pairs; split: train, val or test.
 
-    root holds `train_caps.txt`, `train_filename.txt` (each image once; captions 5k..5k+4 are its own),
-    `test_caps.txt`, `test_filename.txt` (line by line) and the folder of images. train and val are the
-    official split of the train files: shuffled with random.seed(2), the first 80 % train.
+    root holds `train_caps.txt`, `train_filename.txt` (captions 5k..5k+4 are about image k), `test_caps.txt`,
+    `test_filename.txt` (line by line) and the folder of images. train and val are the official split of the
+    train files: shuffled with random.seed(2), the first 80 % train.
     """
-    root = Path(root)
     part, per_name = ("test", 1) if split == "test" else ("train", 5)       # captions for each line of names
-    names_file, captions_file = root / f"{part}_filename.txt", root / f"{part}_caps.txt"
-    if (root / "train_caps.txt").exists() and not names_file.exists() and not captions_file.exists():
+    names_file, captions_file = Path(root) / f"{part}_filename.txt", Path(root) / f"{part}_caps.txt"
+    if part == "test" and not names_file.exists() and not captions_file.exists():
         raise NoSplit(f"{root} has no {names_file.name} and no {captions_file.name}")
     names, captions = read_lines(names_file), read_lines(captions_file)
     check(len(captions) == per_name * len(names), f"{captions_file} has {len(captions)} lines and "
           f"{names_file.name} {len(names)}: {per_name} caption(s) for each name are expected")
-    order, train_images = list(range(len(names))), int(0.8 * len(names))
+    order, words = list(range(len(names))), ["test"] * len(names)
     if part == "train":
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        check(not repeated, f"{names_file} lists {repeated[:3]} more than once")
-        random.Random(seed).shuffle(order)
-    entries = []
-    for n, k in enumerate(order):
-        word = "test" if part == "test" else "train" if n < train_images else "val"
-        own = captions[per_name * k:per_name * (k + 1)]
-        entries.append(Entry(f"{names_file}:{k + 1}", word, names[k], own, None))
+        random.Random(2).shuffle(order)
+        train_images = int(0.8 * len(names))
+        words = ["train"] * train_images + ["val"] * (len(names) - train_images)
+    entries = [(f"{names_file}:{k + 1}", word, names[k], captions[per_name * k:per_name * (k + 1)], None)
+               for k, word in zip(order, words)]
     return choose_split(names_file, entries, split)
 
 
-def read_json(file):
-    """The entries of a JSON list, or of Karpathy's {"images": list}; ValueError if it has another shape."""
+def read_json(file, split, people=False):
+    """One split of a JSON list, or of Karpathy's {"images": list} -> Pairs; people: with their ids."""
     try:
         content = json.loads("\n".join(read_lines(file)))
     except json.JSONDecodeError as error:
@@ -152,17 +139,19 @@ def read_json(file):
     check(isinstance(content, list), f"{file} is no list of entries and has none under 'images'")
     entries = []
     for n, item in enumerate(content):
-        where = f"{file}, entry {n}"
+        where, person = f"{file}, entry {n}", None
         check(isinstance(item, dict), f"{where}: {item!r:.80} is no dictionary")
         captions, sentences = item.get("captions"), item.get("sentences")
         if isinstance(sentences, list):
             captions = [text.get("raw") if isinstance(text, dict) else text for text in sentences]
         name = item.get("filename") or item.get("file_path") or item.get("img_path")
-        folder = item.get("filepath")       # COCO's, such as val2014
-        if folder and isinstance(name, str):
-            name = f"{folder}/{name}" if isinstance(folder, str) else folder
-        entries.append(Entry(where, item.get("split"), name, captions, item.get("id")))
-    return entries
+        if item.get("filepath") and isinstance(name, str):      # COCO's folder, such as val2014
+            name = f"{item['filepath']}/{name}"
+        if people:
+            check(str(item.get("id")).isdecimal(), f"{where}: the id {item.get('id')!r:.80} is no number")
+            person = int(item["id"])
+        entries.append((where, item.get("split"), name, captions, person))
+    return choose_split(file, entries, split)
 
 
 def read_karpathy_json(path, split):
@@ -170,98 +159,70 @@ def read_karpathy_json(path, split):
     files = sorted(Path(path).glob("dataset*.json")) if Path(path).is_dir() else [Path(path)]
     if len(files) != 1:
         raise FileNotFoundError(f"{path} holds {len(files)} files dataset*.json, one is expected")
-    return choose_split(files[0], [entry._replace(person=None) for entry in read_json(files[0])], split)
+    return read_json(files[0], split)
 
 
-REID_SETS = {"CUHK-PEDES": ["reid_raw.json"], "ICFG-PEDES": ["ICFG-PEDES.json", "ICFG_PEDES.json"],
-             "RSTPReid": ["data_captions.json"]}        # their annotation files
-
-
-def read_reid(root, split, dataset=None):
-    """CUHK-PEDES, ICFG-PEDES or RSTPReid, by default told apart by the file in root -> Pairs with ids.
+def read_reid(root, split):
+    """CUHK-PEDES, ICFG-PEDES or RSTPReid, told apart by the annotation file in root -> Pairs with ids.
 
     Training ids become 0..n-1 in sorted order; others stay. ICFG-PEDES has no val split (NoSplit).
     """
-    wanted = REID_SETS[dataset] if dataset else sum(REID_SETS.values(), [])
-    files = [Path(root) / name for name in wanted if (Path(root) / name).is_file()]
+    names = ["reid_raw.json", "ICFG-PEDES.json", "ICFG_PEDES.json", "data_captions.json"]
+    files = [Path(root) / name for name in names if (Path(root) / name).is_file()]
     if not files:
-        hint = "; caption_all.json lacks the split" if (Path(root) / "caption_all.json").exists() else ""
-        raise FileNotFoundError(f"{root} does not hold {' or '.join(wanted)}{hint}")
-    entries = []
-    for entry in read_json(files[0]):
-        check(str(entry.person).isdecimal(), f"{entry.where}: the id {entry.person!r:.80} is no number")
-        entries.append(entry._replace(person=int(entry.person)))
-    pairs = choose_split(files[0], entries, split)
+        raise FileNotFoundError(f"{root} holds none of {', '.join(names)}")
+    pairs = read_json(files[0], split, people=True)
     if split == "train":
         label = {person: n for n, person in enumerate(sorted(set(pairs.ids)))}
         pairs.ids = [label[person] for person in pairs.ids]
     return pairs
 
 
-HEADER = {"image", "img", "image_path", "file", "filename", "file_name", "filepath", "file_path", "path"}
-
-
 def read_folder(root, split):
     """One's own images: `captions.tsv` in lines image<TAB>caption or image<TAB>caption<TAB>split -> Pairs.
 
-    An image, named from root or a folder `images` in it, may stand in several lines. Those without a split
-    are sorted, shuffled with random.seed(2) and dealt out: a tenth, at least one, to val and test each, the
-    rest (or one or two in all) to train. A header and quoted fields are read as spreadsheets write them.
+    An image may stand in several lines. Those without a split are sorted, shuffled with random.seed(2) and
+    dealt out: a tenth, at least one, to val and test each, the rest (or one or two in all) to train. A header
+    and quoted fields are read as spreadsheets write them.
     """
-    file, entries = Path(root) / "captions.tsv", []
+    file, rows = Path(root) / "captions.tsv", []
+    header = ("image", "img", "image_path", "file", "filename", "file_name", "filepath", "file_path", "path")
     for n, line in enumerate(read_lines(file), 1):
         try:
             fields = next(csv.reader([line], delimiter="\t", strict=True))
         except csv.Error as error:      # such as a quotation mark that is not closed in its line
             raise ValueError(f"{file}:{n}: {error}; quotes inside quotes are doubled: {line!r:.80}") from None
-        is_header = n == 1 and fields and fields[0].lower() in HEADER
+        is_header = n == 1 and fields and fields[0].lower() in header
         if line.strip() and not is_header:
             check(len(fields) in (2, 3), f"{file}:{n} is not image<TAB>caption[<TAB>split]: {line!r:.80}")
-            name, caption, word = [*fields, ""][:3]
-            entries.append(Entry(f"{file}:{n}", word, name, [caption], None))
-    split_of = {entry.name: entry.split for entry in entries if entry.split}
-    free = sorted({entry.name for entry in entries} - set(split_of))
+            rows.append([f"{file}:{n}", *fields, ""][:4])
+    split_of = {name: word for _, name, _, word in rows if word}
+    free = sorted({name for _, name, _, _ in rows} - set(split_of))
     random.Random(2).shuffle(free)
     tenth = max(1, len(free) // 10) if len(free) > 2 else 0
-    for n, name in enumerate(free):
-        split_of[name] = "val" if n < tenth else "test" if n < 2 * tenth else "train"
-    entries = [entry._replace(split=entry.split or split_of[entry.name]) for entry in entries]
+    dealt = ["val"] * tenth + ["test"] * tenth + ["train"] * (len(free) - 2 * tenth)
+    split_of |= dict(zip(free, dealt))
+    entries = [(where, word or split_of[name], name, [caption], None) for where, name, caption, word in rows]
     return choose_split(file, entries, split)
 
 
 # -------------------------------------------------------------------------------- images
 
-def some(items, limit=20):
-    """The first items in words, and how many more there are."""
-    more = f"; and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(list(items)[:limit]) + more
+def some(items):
+    """The first twenty items in words, and how many more there are."""
+    more = f"; and {len(items) - 20} more" if len(items) > 20 else ""
+    return "; ".join(list(items)[:20]) + more
 
 
 def decode(path, size):
-    """The preprocessed pixels of an image file, uint8 (3, H, W), or ValueError with its path and the reason.
-
-    size: pixels or (H, W), as in `clip.preprocess`; None only tests the file and returns None.
-    """
+    """The preprocessed pixels of an image file, uint8 (3, H, W); ValueError with its path and the reason."""
     try:
         with Image.open(path) as image:
-            if size is None:
-                image.draft("RGB", (32, 32))            # a JPEG is read at an eighth of its size
-                image.load()
-                return None
             upright = ImageOps.exif_transpose(image)    # differs from OpenAI: it reads turned photos sideways
             return clip.preprocess(upright, size).numpy()
     except Exception as error:      # a damaged file can raise almost anything in Pillow
         words = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise ValueError(f"{path}: {words}") from None
-
-
-def find_bad(paths):
-    """{path: reason} of the image files that cannot be read."""
-    with ThreadPoolExecutor() as pool:
-        jobs = {path: pool.submit(decode, path, None) for path in paths}
-        jobs = tqdm(jobs.items(), "testing images", leave=False, disable=None)
-        errors = {path: job.exception() for path, job in jobs}
-    return {path: str(error) for path, error in errors.items() if error}
 
 
 def is_blank(pixels):
@@ -270,44 +231,45 @@ def is_blank(pixels):
     return bool((pixels[:, :1] == colour).all() and (pixels == colour).all())       # the first row is fast
 
 
-def cached(paths, size, cache):
-    """(The file of these decoded images, their array or None if the file is not there or was cut off)."""
+def read_images(paths, size, cache):
+    """Images -> (uint8 (N, 3, H, W), mapped from a file in `cache`, {path: reason} of bad ones left out).
+
+    The file is made if it is not there or not whole. Without any good image the array is None.
+    """
+    def attempt(path):
+        try:
+            return decode(path, size)
+        except ValueError as error:
+            return error
+
     H, W = (size, size) if isinstance(size, int) else size
     states = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.isfile(path)]
-    marks = ["upright", H, W] + [(path, state.st_size, state.st_mtime_ns) for path, state in states]
-    file = Path(cache) / (hashlib.sha256(repr(marks).encode()).hexdigest()[:20] + ".uint8")
-    if file.is_file() and file.stat().st_size == len(paths) * 3 * H * W > 0:
-        return file, np.memmap(file, np.uint8, "r", shape=(len(paths), 3, H, W))        # N, C, H, W
-    return file, None
-
-
-def read_images(paths, size, cache):
-    """Preprocessed images, uint8 (N, 3, H, W), mapped from a file in `cache` that is made if need be."""
-    file, images = cached(paths, size, cache)
-    if images is not None:
-        return images
-    draft = file.with_name(f"{uuid.uuid4().hex}.partial")       # first this name: no half cache after a kill
-    pool = ThreadPoolExecutor()
-    jobs = deque(pool.submit(decode, path, size) for path in paths)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as out:
-            for _ in tqdm(paths, "reading images", leave=False, disable=None):
-                out.write(jobs.popleft().result())
-        os.replace(draft, file)
-    except OSError as error:
-        raise OSError(f"cannot write {draft}: {error.strerror or error}; make room there") from None
-    finally:
-        pool.shutdown(cancel_futures=True)      # after Ctrl-C or on a full disk the rest is not decoded
-        draft.unlink(missing_ok=True)
-    return cached(paths, size, cache)[1]
+    marks = ["upright", size] + [(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    file, bad = Path(cache) / (hashlib.sha256(repr(marks).encode()).hexdigest()[:20] + ".uint8"), {}
+    if not file.is_file() or file.stat().st_size != len(paths) * 3 * H * W:
+        os.makedirs(cache, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:      # a half-made file never has the name
+            draft = Path(folder) / "draft"
+            with open(draft, "wb") as out, ThreadPoolExecutor() as pool:
+                for path, result in zip(paths, tqdm(pool.map(attempt, paths), "reading images", len(paths),
+                                                    leave=False, disable=None)):
+                    if isinstance(result, ValueError):
+                        bad[path] = str(result)
+                    else:
+                        out.write(result)
+            os.replace(draft, file)
+    if len(bad) == len(paths):
+        return None, bad
+    return np.memmap(file, np.uint8, "r").reshape(-1, 3, H, W), bad
 
 
 def without(pairs, bad):
     """Pairs without empty captions, captions of bad images (paths), and images left with no caption."""
-    rows = [(pairs.images[n], caption) for n, caption in zip(pairs.image_of_caption, pairs.captions)]
-    rows = [(path, caption) for path, caption in rows if caption.strip() and path not in bad]
-    return pair_up(rows, dict(zip(pairs.images, pairs.ids or [None] * len(pairs.images))))
+    ids, rows = pairs.ids or [None] * len(pairs.images), []
+    for n, caption in zip(pairs.image_of_caption, pairs.captions):
+        if caption.strip() and pairs.images[n] not in bad:
+            rows.append((pairs.images[n], caption, ids[n]))
+    return pair_up(rows)
 
 
 def load(pairs, size, cache="runs/cache", skip_bad=False):
@@ -321,20 +283,20 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        pairs[split] = without(part, bad={})
-        if cached(pairs[split].images, size, cache)[1] is None:
-            bad |= find_bad(pairs[split].images)
-    check(skip_bad or not bad, f"{len(bad)} images cannot be used: {some(bad.values())}; "
-          "--skip-bad leaves them out with their captions")
+        part = without(part, bad={})
+        images[split], bad_here = read_images(part.images, size, cache)
+        caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
+        bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}
+        pairs[split] = without(part, bad_here)
     if bad:
-        notes.append(f"{len(bad)} bad images are left out with their captions: {some(bad.values(), 5)}")
+        check(skip_bad, f"{len(bad)} images cannot be used: {some(bad.values())}; "
+              "--skip-bad leaves them out with their captions")
+        notes.append(f"{len(bad)} bad images are left out with their captions: {some(bad.values())}")
     for split, part in pairs.items():
-        pairs[split] = part = without(part, bad)
         check(part.images, f"the split {split} has no image that can be used")
-        images[split] = read_images(part.images, size, cache)
         blank = [path for path, pixels in zip(part.images, images[split]) if is_blank(pixels)]
         if blank:
-            notes.append(f"{split}: {len(blank)} images are blank, of one colour only: {some(blank, 5)}")
+            notes.append(f"{split}: {len(blank)} images are blank, of one colour only: {some(blank)}")
     return pairs, images, notes
 
 
@@ -359,9 +321,9 @@ def erase(images):
 def augment(images, kind):
     """Random changes of a batch (B, 3, H, W) of float pixels, drawn from torch's CPU generator.
 
-    "none"; "crop": a window of 60 to 100 % of the area; "aerial": that, turned by a multiple of 90 degrees
-    and mirrored (the ground has no up); "people": mirrored, moved by up to 10 pixels with black beyond the
-    edge, half of them erased in part. But for erasing it is one affine map; mirrors, shifts, turns are exact.
+    "crop": a window of 60 to 100 % of the area; "aerial": that, mirrored and turned by a multiple of 90
+    degrees (the ground has no up); "people": mirrored, moved by up to 10 pixels with black beyond the edge,
+    half of them erased in part. All but erasing is one affine map; mirrors, shifts and turns are exact.
     """
     if kind == "none":
         return images
@@ -415,16 +377,16 @@ def batches(pairs, images, tokens, over, batch_size, seed, start, stop, rank=0, 
         return torch.from_numpy(images[image_of_caption[rows]]), tokens[rows], torch.from_numpy(rows)
 
     with ThreadPoolExecutor(1) as pool:     # reads two batches ahead, while the caller works on this one
-        waiting = deque()
+        waiting = []
         for step in range(start, stop):
             if step == start or step % steps == 0:
                 chunks = epoch_batches(pairs, over, batch_size, seed, step // steps, world)
-            share = len(chunks[step % steps]) // world
-            waiting.append(pool.submit(fetch, chunks[step % steps][rank * share:(rank + 1) * share]))
+            rows = np.split(chunks[step % steps], world)[rank]
+            waiting.append(pool.submit(fetch, rows))
             if len(waiting) == 3:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                yield waiting.pop(0).result()
+        for job in waiting:
+            yield job.result()
 
 
 # -------------------------------------------------------------------------------- the drawn worlds
@@ -551,39 +513,36 @@ def draw_person(rng, looks, view):
     return image, captions
 
 
-def draw_world(root, view, images, test, seed):
-    """Draw images of a view, the last `test` of them for testing; image i depends on (seed, i) alone.
+def draw_world(root, view, train, val, test, seed):
+    """Draw so many images of a view for each split; image i depends on (seed, i) alone.
 
-    Scenes and portraits are written in the layout of UCM, RSICD and RSITMD; "camera", six images of each
-    person, in RSTPReid's. From one seed, scenes repeat from world to world: give each its own.
+    Scenes and portraits are written as Karpathy's JSON; "camera", six images of each person, as RSTPReid's.
     """
     (root / "images").mkdir(parents=True)
-    names, captions, entries, train = [f"{i:06d}.png" for i in range(images)], [], [], images - test
-    for i, name in enumerate(names):
-        rng, person = np.random.default_rng((seed, i)), i // 6 if view == "camera" else i
+    entries = []
+    for i, split in enumerate(["train"] * train + ["val"] * val + ["test"] * test):
+        rng, name = np.random.default_rng((seed, i)), f"{i:06d}.png"
+        person = i // 6 if view == "camera" else i
         if view in ("side", "above"):
-            image, texts = draw_scene(rng, view)
+            image, captions = draw_scene(rng, view)
         else:
-            image, texts = draw_person(rng, np.random.default_rng((seed, person, 1)), view)
+            image, captions = draw_person(rng, np.random.default_rng((seed, person, 1)), view)
         image.save(root / "images" / name, compress_level=1)
-        captions += texts
-        split = "test" if i >= train else "val" if i >= 0.875 * train else "train"
-        entries.append({"id": person, "img_path": name, "captions": texts, "split": split})
-    files = {"train_filename.txt": names[:train], "train_caps.txt": captions[:5 * train],
-             "test_filename.txt": np.repeat(names[train:], 5), "test_caps.txt": captions[5 * train:]}
-    if view == "camera":
-        files = {"data_captions.json": [json.dumps(entries)]}
-    for name, lines in files.items():
-        (root / name).write_bytes("".join(f"{line}\n" for line in lines).encode())
+        entries.append({"id": person, "img_path": name, "captions": captions, "split": split})
+    file = "data_captions.json" if view == "camera" else "dataset.json"
+    (root / file).write_text(json.dumps(entries), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------- data sets by name
 
-WORLDS = {      # drawn on first use: view, images, images for testing, seed
-    "toy-ground": ("side", 6000, 400, 0), "toy-aerial": ("above", 2000, 400, 1),
-    "toy-people": ("camera", 3000, 600, 2), "toy-portraits": ("portrait", 4000, 400, 3)}
-READERS = {"karpathy": read_karpathy_json, "folder": read_folder, "toy-people": read_reid}
-DATASETS = (*WORLDS, "ucm", "rsicd", "rsitmd", "precomp", "karpathy", "folder", *REID_SETS)
+WORLDS = {      # drawn on first use: view, images for train, val and test, seed (each its own)
+    "toy-ground": ("side", 4480, 1120, 400, 0), "toy-aerial": ("above", 1280, 320, 400, 1),
+    "toy-people": ("camera", 2100, 300, 600, 2), "toy-portraits": ("portrait", 2880, 720, 400, 3)}
+REID_SETS = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
+READERS = dict.fromkeys(WORLDS, read_karpathy_json) | {"toy-people": read_reid}
+READERS |= dict.fromkeys(("ucm", "rsicd", "rsitmd", "precomp"), read_precomp)
+READERS |= {"karpathy": read_karpathy_json, "folder": read_folder} | dict.fromkeys(REID_SETS, read_reid)
+DATASETS = tuple(READERS)
 
 
 def read(dataset, root, split):
@@ -591,49 +550,45 @@ def read(dataset, root, split):
     if dataset in WORLDS:
         root = Path(root or f"runs/{dataset}-world")
         if not root.is_dir():
-            draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}.partial")   # no half world
-            draw_world(draft, *WORLDS[dataset])
-            os.replace(draft, root)
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root.parent) as folder:        # no half world has the name
+                draw_world(Path(folder) / "draft", *WORLDS[dataset])
+                os.replace(Path(folder) / "draft", root)
     check(root, f"--dataset {dataset} needs --data-root, the folder it lies in")
-    if dataset in REID_SETS:
-        return read_reid(root, split, dataset)
-    return READERS.get(dataset, read_precomp)(root, split)
+    return READERS[dataset](root, split)
 
 
-def describe_split(split, pairs):
-    """Print what a split holds -> what is wrong with its image files, in lines."""
-    ids = f", {len(set(pairs.ids))} ids" if pairs.ids else ""
-    print(f"{split:5} {len(pairs.images):6d} images {len(pairs.captions):6d} captions, "
-          f"{len(set(pairs.captions)):6d} of them distinct, {pairs.captions.count('')} empty{ids}")
-    there = [path for path in pairs.images if os.path.isfile(path)]
-    missing = [Path(path) for path in pairs.images if not os.path.isfile(path)]
-    wrong = []
-    for folder, count in Counter(path.parent for path in missing).items():
-        first = next(path for path in missing if path.parent == folder)
-        caption = pairs.captions[pairs.image_of_caption.index(pairs.images.index(str(first)))]
-        others = [file.name for file in folder.glob("*") if file.stem.lower() == first.stem.lower()]
-        found = f"; there is {others[0]}, of another suffix or case" if others else ""
-        wrong.append(f"{split}: {count} images are missing in {folder}, the first is {first.name!r} with the "
-                     f"caption {caption!r:.80}{found}")
-    return wrong + list(find_bad(there).values())
+def read_splits(dataset, root):
+    """(train and, where the data set has them, val and test as {split: Pairs}, notes on what it lacks)."""
+    pairs, notes = {"train": read(dataset, root, "train")}, []
+    lacks = {"val": "the last epoch is taken", "test": "the figures are of val, which chose the epoch"}
+    for split, note in lacks.items():
+        try:
+            pairs[split] = read(dataset, root, split)
+        except NoSplit:
+            notes.append(f"no {split} split: {note}")
+    check(len(pairs) > 1, f"{root} has neither a val nor a test split to measure anything on; add one")
+    return pairs, notes
 
 
 def main():
-    """Print what each split holds, then all that is wrong, with exit code 2; a missing split is no error."""
+    """Print what each split holds and what train.py would note; what it would refuse, with exit code 2."""
     parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is wrong.")
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data-root", help="its folder")
-    args, wrong = parser.parse_args(), []
-    for split in ("train", "val", "test"):
-        try:
-            wrong += describe_split(split, read(args.dataset, args.data_root, split))
-        except NoSplit as error:
-            print(f"{split:5} no such split: {error}")
-        except (ValueError, OSError) as error:
-            wrong.append(str(error))
-    for line in dict.fromkeys(wrong):
-        print(f"data.py: error: {line}", file=sys.stderr)
-    sys.exit(2 if wrong else 0)
+    args = parser.parse_args()
+    try:
+        splits, notes = read_splits(args.dataset, args.data_root)
+        for split, pairs in splits.items():
+            ids = f", {len(set(pairs.ids))} ids" if pairs.ids else ""
+            print(f"{split:5} {len(pairs.images):6d} images {len(pairs.captions):6d} captions, "
+                  f"{len(set(pairs.captions)):6d} of them distinct{ids}")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # mapped files on Windows
+            notes += load(splits, (32, 32), cache)[2]
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.py: error: {error}\n")
+    for note in notes:
+        print(note)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python train.py --dataset CUHK-PEDES --data-root DIR --out runs/stage1       second paper, stage 1
     python train.py --dataset CUHK-PEDES --data-root DIR --init runs/stage1 --train backbone   stage 2
 
-A run is a folder: best.pt (best epoch on val), last.pt (to resume), history.json, curve.png, metrics.json.
+A run is a folder: best.pt (best epoch on val), last.pt (to resume), curve.png, metrics.json.
 The random numbers of a step depend on (seed, step, process) alone: a resumed run ends as an unbroken one.
 
 Shapes: B pairs in the batch, L tokens, C width of a tower, D width of the joint space.
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 import adapters
@@ -38,8 +39,8 @@ VIEW_DROPOUT = 0.2      # on the tokens of HMMC's second view (PE-RSITR); --drop
 SDM_SCALE = 50.0        # 1 / temperature of SDM (IRRA)
 CHECKPOINT_SECONDS = 600
 SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")    # of a method
-FROM_INIT = ("model", "image_size", "activation", "method", *SIZES)     # brought by --init: no flag may
-ON_RESUME = ("resume", "out", "data_root", "device", "precision", "grad_checkpointing")     # may be given
+FROM_INIT = ("model", "image_size", "activation", "method", *SIZES)     # settings that --init brings
+MAY_CHANGE = ("resume", "out", "data_root", "device", "precision", "grad_checkpointing")    # at --resume
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's processes
 
 
@@ -58,19 +59,19 @@ RECIPES = {     # for (kind of data, whether CLIP itself learns), over PE_RSITR;
     ("retrieval", True): dict(lr=1e-5),
     ("people", False): PEOPLE,      # stage 1 of prompt decoupling [choice]: the paper's could not be read
     ("people", True): PEOPLE | dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0),     # IRRA's
-    ("toy", False): TOY | dict(loss="hmmc-softmax", lr=5e-3),
-    ("toy", True): TOY | dict(loss="contrastive", lr=5e-4),
+    ("toy-retrieval", False): TOY | dict(loss="hmmc-softmax", lr=5e-3),
+    ("toy-retrieval", True): TOY | dict(loss="contrastive", lr=5e-4),
     ("toy-people", False): TOY_PEOPLE | dict(lr=3e-3),
     ("toy-people", True): TOY_PEOPLE | dict(loss="sdm+id", lr=3e-4)}
 
 
 def recipe(args):
-    """What the flags that were left out become, from the data set, the model and what learns."""
+    """Values for the flags that were left out, from the data set, the model and what learns."""
     if args.model in FROM_SCRATCH:
         return PE_RSITR | SCRATCH
-    kind = "people" if args.dataset in data.REID_SETS else "retrieval"
+    kind = "people" if args.dataset in ("toy-people", *data.REID_SETS) else "retrieval"
     if args.dataset.startswith("toy-"):
-        kind = "toy-people" if args.dataset == "toy-people" else "toy"
+        kind = f"toy-{kind}"
     clip_learns = args.train in ("backbone", "all") or args.method == "none"
     values = PE_RSITR | RECIPES[kind, clip_learns]
     if args.method == "none" or (args.train == "backbone" and not args.init):
@@ -121,47 +122,52 @@ def make_parser():
 
 
 def parse(argv):
-    """Settings from the command line, complete and checked."""
+    """Settings from the command line: the flags given, the rest from an earlier run or from the recipe."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.resume or args.init:
-        file = Path(args.out or "") / "last.pt" if args.resume else args.init
-        earlier = clip.read_file(file)["settings"]
-        for name in given:
-            if name not in ON_RESUME if args.resume else name in FROM_INIT:
-                raise ValueError(f"--{name.replace('_', '-')}: the run in {file} has {earlier[name]}, which "
-                                 "stays with --resume and --init; leave the flag out")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    earlier = {}                                        # settings that an earlier run brings
     if args.resume:
-        return argparse.Namespace(**earlier | {"device": None} | given)
-    values = recipe(args)
-    if args.init:
-        values |= {name: earlier.get(name) for name in FROM_INIT}
-        if earlier["train"] != "method":
-            values["model"] = args.init             # its CLIP is no longer the one that it started from
-    args.recipe = ""
+        last = Path(args.out or "") / "last.pt"
+        if not last.exists():
+            raise ValueError(f"there is no {last} to resume: --out is the folder of the run")
+        earlier = clip.read_file(last)["settings"] | {"device": None}
+    elif args.init:
+        settings = clip.read_file(args.init).get("settings")
+        if settings is None:
+            raise ValueError(f"--init {args.init} is no run; weights go to --model")
+        earlier = {name: settings.get(name) for name in FROM_INIT}
+        if settings["train"] != "method":
+            earlier["model"] = args.init                # its CLIP has learned
+    for name in given:
+        if name in earlier and name not in MAY_CHANGE:
+            raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
+                             "leave the flag out")
+    values = recipe(args) | earlier
     for name, value in values.items():
         if name not in given:
             setattr(args, name, value)
-            args.recipe += f" {name} {value}"
-    args.warmup = min(args.warmup, args.epochs)
+    if args.resume:
+        return args                                     # checked when it began
     if isinstance(args.image_size, list):
         args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
     if os.path.exists(args.model):
         args.model = os.path.abspath(args.model)        # as all paths: a run is used from other folders too
-    for name, least in dict(epochs=1, batch_size=2, lr=1e-12, margin=1e-6).items():
+    for name, least in dict(epochs=1, batch_size=2 * WORLD, lr=1e-12, margin=1e-6).items():
         if not getattr(args, name) >= least:            # true of NaN too
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more is needed")
-    if args.model in FROM_SCRATCH and args.train != "all":
-        raise ValueError(f"--model {args.model} has no weights yet: leave --method and --train out")
-    if args.method == "none" and args.train == "method":
-        raise ValueError("--method none leaves nothing to train: add --train backbone, or test with eval.py")
+    if args.train == "method" and (args.method == "none" or args.model in FROM_SCRATCH):
+        raise ValueError(f"--train method with --model {args.model} --method {args.method}: a method needs a "
+                         "trained CLIP; --train backbone trains CLIP, eval.py tests it")
     if args.train == "backbone" and args.method != "none" and not args.init:
         raise ValueError(f"--train backbone would fix {args.method} as it starts, at random: give --init RUN "
                          "in which it learned (stage 2), or --train all to train both at once")
-    stem = f"runs/{args.dataset}-{args.train if args.train != 'method' else args.method}"
-    folders = [stem] + [f"{stem}-{number}" for number in range(2, 1000)]
-    args.out = args.out or next(folder for folder in folders if not Path(folder).exists())
+    if args.out is None:
+        stem = f"runs/{args.dataset}-{args.method if args.train == 'method' else args.train}"
+        args.out, number = stem, 1
+        while Path(args.out).exists():
+            number += 1
+            args.out = f"{stem}-{number}"
     if (Path(args.out) / "last.pt").exists():
         raise ValueError(f"{args.out} already holds a run: add --resume to go on, or give another --out")
     return args
@@ -196,27 +202,23 @@ def compute_loss(args, image, text, scale, same, person, classifier):
 
 def choose_what_learns(model, what):
     """Set requires_grad for "method": as add_method left it; "backbone": CLIP, not the method; or "all"."""
-    of_method = adapters.trainable_state(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(what == "all" or (name in of_method) == (what == "method"))
+        of_method = name in model.method_parameters
+        parameter.requires_grad_(what == "all" or of_method == (what == "method"))
 
 
-def make_classifier(width, persons):
-    """Of the ID loss, on features that are not normalised (IRRA)."""
-    classifier = nn.Linear(width, persons)
-    nn.init.normal_(classifier.weight, std=0.001)
-    nn.init.zeros_(classifier.bias)
-    return classifier
-
-
-def make_optimizer(learned, added, args):
-    """AdamW over {name: parameter}; without weight decay, as in PE-RSITR, that is Adam. Where CLIP learns with
-    SDM (IRRA's recipe), biases have twice the rate, and what is new, named in `added`, five times."""
+def make_optimizer(learned, args):
+    """AdamW over {name: parameter}; without weight decay it is PE-RSITR's Adam. Where CLIP learns with SDM
+    (IRRA's recipe), biases have twice the rate and the new classifier five times."""
     groups = {}
     for name, parameter in learned.items():
-        decay, factor = args.weight_decay if parameter.ndim >= 2 else 0.0, 1
-        if args.loss.startswith("sdm") and args.train != "method":  # differs from IRRA: decoupled decay
-            factor = 5 if name in added else 2 if name.endswith("bias") else 1
+        decay = args.weight_decay if parameter.ndim >= 2 else 0.0       # differs from IRRA: decoupled decay
+        factor = 1
+        if args.loss.startswith("sdm") and args.train != "method":
+            if name.startswith("classifier"):
+                factor = 5
+            elif name.endswith("bias"):
+                factor = 2
         group = groups.setdefault((decay, factor), dict(params=[], weight_decay=decay, factor=factor))
         group["params"].append(parameter)
     return torch.optim.AdamW(groups.values(), lr=args.lr)
@@ -224,7 +226,8 @@ def make_optimizer(learned, added, args):
 
 def learning_rate(args, step, steps_per_epoch):
     """Learning rate of one step: linear warm-up, then the schedule."""
-    warmup, total = args.warmup * steps_per_epoch, args.epochs * steps_per_epoch
+    total = args.epochs * steps_per_epoch
+    warmup = min(args.warmup * steps_per_epoch, total)
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "step":
@@ -243,14 +246,12 @@ def fast_bf16(device):
 
 
 def hold_frozen_in_bf16(model):
-    """CLIP's frozen matrices are cast once, not by autocast at every step; the result is the same. What a
-    method added or tunes stays float32, also where it is fixed: it is saved."""
-    of_method = adapters.trainable_state(model)
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, clip.Attention)):
-            for name, parameter in module.named_parameters(path, recurse=False):
-                if not parameter.requires_grad and name not in of_method:
-                    parameter.data = parameter.data.bfloat16()
+    """Cast CLIP's frozen matrices once, not by autocast at every step; the result is the same. Float32 stay
+    the embeddings, which autocast leaves alone, and the method's own, which are saved."""
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and "embedding" not in name
+        if matrix and not parameter.requires_grad and name not in model.method_parameters:
+            parameter.data = parameter.data.bfloat16()
 
 
 def save(path, content):
@@ -258,10 +259,9 @@ def save(path, content):
     partial = path.with_suffix(".partial")
     try:
         torch.save(content, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:        # torch raises RuntimeError when the disk is full
-        reason = str(error).splitlines()[0]
-        raise OSError(f"cannot write {path}: {reason}; make room and go on with --resume") from None
+    except RuntimeError as error:                   # torch's error when the disk is full
+        raise OSError(f"cannot write {path}: {error}; make room and go on with --resume") from None
+    os.replace(partial, path)
 
 
 def start_processes(device):
@@ -274,57 +274,33 @@ def start_processes(device):
 
 
 def gather(x):
-    """The rows of this process (B / WORLD, ...) -> those of all (B, ...), with gradients to its own rows.
-
-    Each process computes the loss of the whole batch, and the gradients of the parameters are averaged after
-    it. So the gradient that flows through a process's own rows must count WORLD times.
-    """
+    """The rows of this process (B / WORLD, ...) -> those of all (B, ...), with gradients. Backward sums over
+    the processes, each with the loss of the whole batch; the mean over the processes makes up for it."""
     if WORLD == 1:
         return x
-    rows = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(rows, x.detach().contiguous())
-    if x.requires_grad:
-        rows[RANK] = x.view_as(x)                 # a view, so that the hook is on this use of x alone
-        rows[RANK].register_hook(lambda gradient: gradient * WORLD)
-    return torch.cat(rows)
+    return torch.cat(all_gather(x.contiguous()))
 
 
-# ------------------------------------------------------------------------------------------------ 4. the run
-
-def read_splits(args):
-    """{split: Pairs} of the data set, without val or test where it has none, and notes about that."""
-    pairs, notes = {"train": data.read(args.dataset, args.data_root, "train")}, []
-    for split, then in (("val", "the last epoch is taken"), ("test", "the figures are of val, which chose")):
-        try:
-            pairs[split] = data.read(args.dataset, args.data_root, split)
-        except data.NoSplit:
-            notes.append(f"no {split} split: {then}")
-    if len(pairs) == 1:
-        raise ValueError(f"{args.data_root} has neither val nor test to measure anything on")
-    if args.loss.startswith("sdm") and pairs["train"].ids is None:
-        raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none")
-    return pairs, notes
-
+# ------------------------------------------------------------------------------------------------ 3. the run
 
 def build(args, captions):
     """The model with its method, its tokenizer, and the fingerprint of CLIP without the method."""
+    start = {}
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
         config = dataclasses.replace(clip.SIZES[args.model], vocab_size=tokenizer.vocab_size)
         config.activation = args.activation or config.activation
         config.image_size = args.image_size or config.image_size
-        model, start = clip.CLIP(config).to(args.device), {}
+        model = clip.CLIP(config).to(args.device)
     else:
         model, tokenizer, start = eval.load_model(args.init or args.model, args.device, args.image_size,
                                                   args.activation)
-    fingerprint = eval.fingerprint(model)
-    if args.init:
-        fingerprint = start["fingerprint"]      # of CLIP without the method
-    elif start.get("method", "none") != "none":
-        raise ValueError(f"--model {args.model} is a run with {start['method']}: go on from it with --init")
-    else:
-        adapters.add_method(model, args.method, **{name: getattr(args, name) for name in SIZES})
+    fingerprint = start.get("fingerprint") or eval.fingerprint(model)
     args.sizes = {name: getattr(args, name) for name in SIZES}
+    if not args.init:
+        if start.get("method", "none") != "none":
+            raise ValueError(f"--model {args.model} is a run with {start['method']}: take --init for it")
+        adapters.add_method(model, args.method, **args.sizes)
     args.image_size, args.activation = model.config.image_size, model.config.activation
     return model, tokenizer, fingerprint
 
@@ -337,32 +313,30 @@ def train(args):
     if WORLD > 1 and not dist.is_initialized():
         start_processes(args.device)
     args.precision = args.precision or ("bf16" if fast_bf16(args.device) else "fp32")
-    torch.manual_seed(args.seed * 2 ** 32)
-
-    # data and model; process 0 goes first, so that it alone downloads, draws and fills the image cache
     if args.model == "toy":
         args.model = make_toy_clip(args)
+    torch.manual_seed(args.seed * 2 ** 32)                              # for what a method begins with
+
+    # data and model; process 0 goes first, so that it alone downloads, draws and fills the image cache
     if RANK > 0:
         dist.barrier()
-    pairs, notes = read_splits(args)
+    pairs, notes = data.read_splits(args.dataset, args.data_root)
+    if args.loss.startswith("sdm") and pairs["train"].ids is None:
+        raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none")
     model, tokenizer, fingerprint = build(args, pairs["train"].captions)
     pairs, images, image_notes = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
-    length = model.config.context_length
-    tokens = tokenizer(pairs["train"].captions, length)                         # (captions, L)
-    text_ids = tokens.unique(dim=0, return_inverse=True)[1]             # equal captions share a number
-    image_ids = torch.tensor(pairs["train"].image_of_caption)
-    person_ids = torch.tensor(pairs["train"].ids)[image_ids] if pairs["train"].ids else image_ids
+    notes += image_notes
+    for split, part in pairs.items():
+        notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
+    tokens = tokenizer(pairs["train"].captions, model.config.context_length)    # (captions, L)
+    _, text_ids = tokens.unique(dim=0, return_inverse=True)             # equal captions share a number
+    person_ids = torch.tensor(pairs["train"].image_of_caption)          # without persons, that of the image
+    if pairs["train"].ids:
+        person_ids = torch.tensor(pairs["train"].ids)[person_ids]
     counts = ", ".join(f"{len(part.images)} {split}" for split, part in pairs.items())
     tqdm.write(f"data    {args.dataset}: {counts} images, {len(tokens)} train captions")
-    for split, part in pairs.items():
-        image_notes += eval.caption_notes(tokenizer, part.captions, length, split)
-    for note in notes + image_notes:
-        tqdm.write(f"note    {note}")
-    args.total_parameters = sum(p.numel() for p in model.parameters())
-    tqdm.write(f"model   {args.init or args.model}: {args.total_parameters:,} parameters, {args.activation}, "
-               f"{args.image_size} px, {args.precision} on {args.device}, processes: {WORLD}")
 
     # what learns
     choose_what_learns(model, args.train)
@@ -370,28 +344,27 @@ def train(args):
         model.logit_scale.requires_grad_(False)                         # no other loss learns it
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     args.trained_parameters = sum(p.numel() for p in learned.values())
-    added, classifier = set(adapters.trainable_state(model)), None
-    if args.loss == "sdm+id":
-        classifier = make_classifier(eval.encode_texts(model, tokens[:1]).shape[1], int(person_ids.max()) + 1)
-        classifier.to(args.device)
+    args.total_parameters = sum(p.numel() for p in model.parameters())
+    classifier = None
+    if args.loss == "sdm+id":                       # on features that are not normalised, as IRRA's
+        width = eval.encode_texts(model, tokens[:1]).shape[1]
+        classifier = nn.Linear(width, int(person_ids.max()) + 1, device=args.device)
+        nn.init.normal_(classifier.weight, std=0.001)
+        nn.init.zeros_(classifier.bias)
         learned |= {f"classifier.{name}": p for name, p in classifier.named_parameters()}
-        added |= {"classifier.weight", "classifier.bias"}
     if args.precision == "bf16":
         hold_frozen_in_bf16(model)
     for module in model.modules():
         if isinstance(module, clip.Transformer):
             module.grad_checkpointing = args.grad_checkpointing
-    optimizer = make_optimizer(learned, added, args)
-    tqdm.write(f"method  {args.method}; {args.train} learns: {args.trained_parameters:,} parameters, "
-               f"{100 * args.trained_parameters / args.total_parameters:.2f} %")
+    optimizer = make_optimizer(learned, args)
+    tqdm.write(f"model   {args.trained_parameters:,} of {args.total_parameters:,} parameters learn; "
+               f"{args.activation}, {args.image_size} px, {args.precision} on {args.device}, processes {WORLD}")
 
-    # where to begin: at step 0, or at the last checkpoint
+    # where to begin: at step 0, or at the last checkpoint; steps: of one epoch
     epoch_batches = data.epoch_batches(pairs["train"], args.epoch_over, args.batch_size, args.seed, 0, WORLD)
-    steps = len(epoch_batches)
-    if steps == 0:
-        raise ValueError(f"{len(tokens)} captions in batches of {args.batch_size} for {WORLD} processes make "
-                         "no batch of two pairs, with one for each process")
-    step, history, sums = 0, [], {}
+    steps, step, history, sums = len(epoch_batches), 0, [], {}
+    last_step = args.epochs * steps
     if args.resume:
         last = clip.read_file(out / "last.pt")
         if last["steps"] != steps or list(last["learned"]) != list(learned):
@@ -402,15 +375,16 @@ def train(args):
         step, history, sums = last["step"], last["history"], last["sums"]
         tqdm.write(f"resume  in epoch {step // steps + 1}, after step {step}")
     out.mkdir(parents=True, exist_ok=True)
-    tqdm.write(f"recipe {args.recipe or ' all of it from flags'}")
-    tqdm.write(f"run     {out}: {args.loss} loss, {args.epochs} epochs of {steps} steps, "
-               f"batch {args.batch_size}, lr {args.lr:g}, seed {args.seed}")
-    if args.model in FROM_SCRATCH and args.epochs * steps < 500:
-        tqdm.write(f"note    {args.epochs * steps} steps from scratch teach little, 500 or more are needed")
+    settings = ", ".join(f"{name} {getattr(args, name)}" for name in PE_RSITR)
+    tqdm.write(f"run     {out}: {settings}, seed {args.seed}; {steps} steps an epoch")
+    if args.model in FROM_SCRATCH and last_step < 500:
+        notes.append(f"{last_step} steps from scratch teach little, 500 or more are needed")
+    for note in notes:
+        tqdm.write(f"note    {note}")
 
     # the loop
-    views, last_step = 2 if args.loss.startswith("hmmc") else 1, args.epochs * steps
-    first_step, loop_began, saved_at = step, time.time(), time.time()
+    views = 2 if args.loss.startswith("hmmc") else 1
+    saved_at = time.time()
     batches = data.batches(pairs["train"], images["train"], tokens, args.epoch_over, args.batch_size,
                            args.seed, step, last_step, RANK, WORLD)
     model.train()
@@ -434,14 +408,15 @@ def train(args):
         loss, parts = compute_loss(args, image, text, model.logit_scale.exp(), same, person, classifier)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for parameter in learned.values():
-            if WORLD > 1 and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= WORLD             # the mean over the processes
-        norms = torch.stack([p.grad.norm() for p in learned.values() if p.grad is not None])
+        gradients = [p.grad for p in learned.values() if p.grad is not None]
+        if WORLD > 1:
+            for gradient in gradients:              # the mean over the processes
+                dist.all_reduce(gradient)
+                gradient /= WORLD
+        norms = torch.stack([gradient.norm() for gradient in gradients])
         if not (loss.isfinite() and norms.isfinite().all()):
-            raise ValueError(f"loss {loss.item()}, or its gradient, is not finite at step {step}; {out} holds "
-                             f"what was before. In a new run try --lr {args.lr / 3:.1g}, or --precision fp32")
+            raise ValueError(f"loss {loss.item()}, or its gradient, is not finite at step {step}; in a new "
+                             f"run try --lr {args.lr / 3:.1g}, or --precision fp32")
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))         # as CLIP: the temperature is 0.01 or more
@@ -449,20 +424,19 @@ def train(args):
             sums[name] = sums.get(name, 0.0) + value.item()
         step += 1
 
-        epoch, steps_into_epoch = divmod(step, steps)
-        if steps_into_epoch == 0:
+        if step % steps == 0:
+            epoch = step // steps
             row = dict(epoch=epoch, step=step, lr=lr) | {name: total / steps for name, total in sums.items()}
-            sums, best, score = {}, True, ""                    # without val the last epoch is taken
+            sums, best, shown = {}, True, ["loss", *parts]      # without val the last epoch is taken
             if "val" in pairs:
                 metrics = eval.evaluate(model, tokenizer, pairs["val"], images["val"], args.precision)
                 model.train()
-                name, value = eval.headline(metrics)
-                best = all(value > earlier[f"val_{name}"] for earlier in history)
-                row |= {f"val_{key}": number for key, number in metrics.items()}
-                score = f"val {name} {value:5.2f}{'*' if best else ' '}  "
+                row |= {f"val_{name}": value for name, value in metrics.items()}
+                score = f"val_{eval.headline(metrics)[0]}"
+                best = all(row[score] > earlier[score] for earlier in history)
+                shown.append(score)
             history.append(row)
             if RANK == 0:
-                (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
                 eval.plot_curve(history, out / "curve.png")
             if RANK == 0 and best:
                 content = dict(settings=vars(args), trained=adapters.trainable_state(model), epoch=epoch,
@@ -470,63 +444,60 @@ def train(args):
                 if args.train != "method":          # CLIP's own weights only if they learned
                     content["state_dict"] = model.openai_state_dict()
                 save(out / "best.pt", content)
-            seconds = (time.time() - loop_began) / (step - first_step)
-            terms = " ".join(f"{name} {row[name]:.3f}" for name in ["loss", *parts])
-            tqdm.write(f"epoch {epoch:3d}/{args.epochs}  {terms}  lr {lr:.1e}  {score}"
-                     f"{args.batch_size / seconds:.0f} images/s  "
-                     f"left {tqdm.format_interval(seconds * (last_step - step))}")
-            collapsed = 6 * args.margin * sum(map(len, epoch_batches)) / steps
-            if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / collapsed - 1) < 0.02:
-                tqdm.write(f"note    {collapsed:.1f} is the loss when all similarities are equal; if it stays "
+            terms = "  ".join(f"{name} {row[name]:.3f}" for name in shown)
+            tqdm.write(f"epoch {epoch:3d}/{args.epochs}  lr {lr:.1e}  {terms}{'*' if best else ' '}  "
+                       f"{tqdm.format_interval(time.time() - began)}")
+            equal = 6 * args.margin * sum(map(len, epoch_batches)) / steps
+            if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / equal - 1) < 0.02:
+                tqdm.write(f"note    {equal:.1f} is the loss when all similarities are equal; if it stays "
                            "there, lower --margin or take --loss hmmc-softmax")
-        if RANK == 0 and (steps_into_epoch == 0 or time.time() - saved_at > CHECKPOINT_SECONDS):
+        if RANK == 0 and (step % steps == 0 or time.time() - saved_at > CHECKPOINT_SECONDS):
             saved_at = time.time()
             save(out / "last.pt", dict(
                 settings=vars(args), learned={name: p.detach() for name, p in learned.items()}, steps=steps,
                 optimizer=optimizer.state_dict(), step=step, history=history, sums=sums))
 
     # the test
-    return test(args, out, pairs, images, time.time() - began) if RANK == 0 else []
+    return test(args, pairs, images, history, time.time() - began) if RANK == 0 else []
 
 
-def test(args, out, pairs, images, seconds):
+def test(args, pairs, images, history, seconds):
     """The test set, touched once: chance, what the run started from, and best.pt -> rows of its table."""
     split = "test" if "test" in pairs else "val"
     rows = [("chance", None, None, eval.chance(pairs[split]))]
-    for path in (args.init or args.model, out):
-        if path not in FROM_SCRATCH:
-            model, tokenizer, settings = eval.load_model(path, args.device, args.image_size, args.activation)
-            metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
-            name, trained = eval.label(settings), settings.get("trained_parameters", 0)
-            if path != out and not args.init and settings.get("dataset") != args.dataset:
-                name, trained = "zero-shot", 0          # weights, or those of a run on other data
-            elif path != out:
-                name = f"before: {name}"
-            rows.append((name, trained, 100 * trained / args.total_parameters, metrics))
-    how = f"best epoch {settings['epoch']} by val" if "val" in pairs else "the last epoch"
-    option = " --split val" if split == "val" else ""
-    tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, {len(pairs[split].captions)} "
-               f"captions, {how}, {tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"
-               f"written: {out}/ best.pt last.pt metrics.json curve.png; next: python eval.py {out}{option}")
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device.startswith("cuda") else None
+    for path in (args.init or args.model, args.out):
+        if path in FROM_SCRATCH:
+            continue
+        model, tokenizer, settings = eval.load_model(path, args.device, args.image_size, args.activation)
+        name, trained = eval.label(settings), settings.get("trained_parameters", 0)
+        if path != args.out:
+            name = f"before: {name}"
+            if not args.init and settings.get("dataset") != args.dataset:   # weights, or a run on other data
+                name, trained = "zero-shot", 0
+        metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
+        rows.append((name, trained, 100 * trained / args.total_parameters, metrics))
+    tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, epoch {settings['epoch']}, "
+               f"{tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"
+               f"curve: {args.out}/curve.png; next: python eval.py {args.out} --split {split}")
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30            # 0 without a GPU
     content = dict(settings=vars(args), split=split, minutes=seconds / 60, memory_gb=memory,
-                   total_parameters=args.total_parameters, rows=rows)
-    (out / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                   total_parameters=args.total_parameters, rows=rows, history=history)
+    (Path(args.out) / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return rows
 
 
-# ----------------------------------------------------------------------------------- 5. without any data
+# ----------------------------------------------------------------------------------- 4. without any data
 
 def make_toy_clip(args):
     """The toy worlds' stand-in for OpenAI's CLIP: `tiny`, trained on another drawn world -> its folder."""
     out, flags = "runs/toy-clip", ["--dataset", "toy-ground"]
     if args.dataset == "toy-people":
         out, flags = "runs/toy-people-clip", ["--dataset", "toy-portraits", "--image-size", "96", "48"]
+    flags += ["--model", "tiny", "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64"]
+    if (Path(out) / "last.pt").exists():
+        flags = ["--resume"]
     if not (Path(out) / "metrics.json").exists():
         tqdm.write(f"pre-training a tiny CLIP on drawn images, once: {out}")
-        flags += ["--model", "tiny", "--epochs", "2", "--epoch-over", "captions", "--batch-size", "64"]
-        if (Path(out) / "last.pt").exists():
-            flags = ["--resume"]
         train(parse([*flags, "--out", out, "--device", args.device]))
     return os.path.abspath(out)
 
@@ -550,7 +521,7 @@ def main(argv):
         else:
             tour()
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; --resume --out RUN goes on from the run's last checkpoint", file=sys.stderr)

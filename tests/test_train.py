@@ -51,10 +51,10 @@ def world(tmp_path_factory):
 def test_a_run_from_scratch_leaves_its_files_and_a_clip_that_loads(world):
     folder, _ = world
     assert {path.name for path in (folder / "scratch").iterdir()} == {
-        "best.pt", "last.pt", "history.json", "metrics.json", "curve.png"}
+        "best.pt", "last.pt", "metrics.json", "curve.png"}
     metrics = json.loads((folder / "scratch/metrics.json").read_text())
     assert [row[0] for row in metrics["rows"]] == ["chance", "from scratch, contrastive"]
-    assert len(json.loads((folder / "scratch/history.json").read_text())) == 2
+    assert len(metrics["history"]) == 2
     parameters = sum(p.numel() for p in clip.load_clip(folder / "scratch").parameters())
     assert parameters == metrics["total_parameters"] == metrics["rows"][1][1]
 
@@ -304,7 +304,7 @@ def test_irras_groups_of_parameters():
     shapes = {"block.weight": (2, 2), "block.bias": (2,), "ln.weight": (2,), "classifier.weight": (3, 2),
               "classifier.bias": (3,)}
     learned = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    optimizer = train.make_optimizer(learned, {"classifier.weight", "classifier.bias"}, args)
+    optimizer = train.make_optimizer(learned, args)
     found = [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups]
     assert found == [(1, 4e-5), (2, 0), (1, 0), (5, 4e-5), (5, 0)]
 
@@ -355,9 +355,9 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
 
     def full_disk(content, path):
         path.write_bytes(b"half")
-        raise RuntimeError("No space left on device\nand a trace")
+        raise RuntimeError("No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="cannot write .*last.pt: No space left on device; make room"):
+    with pytest.raises(OSError, match="cannot write .*last.pt: No space left on device.*make room"):
         train.save(tmp_path / "last.pt", {"step": 2})
     assert state(tmp_path / "last.pt") == {"step": 1}
 
@@ -365,7 +365,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
 # ----------------------------------------------------------------------------------- mistakes on the command line
 
 @pytest.mark.parametrize("flags, words", [
-    (["--method", "none", "--train", "method"], "leaves nothing to train"),
+    (["--method", "none", "--train", "method"], "a method needs a trained CLIP"),
     (["--train", "backbone", "--method", "prompts"], "at random: give --init RUN"),
     (["--bottleneck", "0"], "bottleneck"),
     (["--method", "bitfit", "--rank", "3"], "rank"),
@@ -375,7 +375,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
     (["--loss", "sdm"], "needs person ids"),
     (["--loss", "hinge"], "invalid choice"),
     (["--model", "nothing.pt"], "nothing.pt"),
-    (["--model", "tiny", "--train", "method"], "no weights yet"),
+    (["--model", "tiny", "--train", "method"], "a method needs a trained CLIP"),
     (["--data-root", "nowhere"], "nowhere"),
     (["--init", "nothing"], "nothing")])
 def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, monkeypatch, capsys, flags, words):
@@ -392,7 +392,7 @@ def test_mistakes_with_folders_of_runs(world, people, tmp_path, capsys):
     assert "has 0.001, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--lr", "1")
     assert "--method" in error_of(capsys, *people[1], "--init", people[0] / "stage1", "--method", "mrs")
     run(*people[2], "--out", tmp_path / "prompts", "--train", "all", "--method", "prompts")
-    assert "go on from it with --init" in error_of(capsys, *flags[:-1], tmp_path / "prompts", "--out", tmp_path / "x")
+    assert "take --init for it" in error_of(capsys, *flags[:-1], tmp_path / "prompts", "--out", tmp_path / "x")
 
 
 def test_a_run_whose_data_changed_is_not_resumed(world, tmp_path):

@@ -1,0 +1,46 @@
+"""What the README says where it can mislead: its commands, its counts, its code."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapters
+import clip
+import eval
+import train
+from conftest import tiny_clip
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"^(?:python|torchrun --nproc-per-node 8) (?:train|eval)\.py [^#\n]+", README, re.M)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_understood(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/stage1").mkdir(parents=True)
+    settings = vars(train.parse(["--dataset", "CUHK-PEDES", "--data-root", "x"]))
+    torch.save({"settings": settings}, tmp_path / "runs/stage1/best.pt")        # for --init
+    script, *flags = shlex.split(command.split(" ", 1)[1].replace("--nproc-per-node 8 ", ""))
+    assert (train.parse if script == "train.py" else eval.parse)(flags)
+    assert len(COMMANDS) > 6
+
+
+def test_the_counts_in_the_table_of_methods_are_right():
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| ([0-9 ]+) \|$", README, re.M)
+    assert {name for name, _ in rows} == set(adapters.METHODS) - {"none"}
+    for name, count in rows:
+        with torch.device("meta"):
+            model = clip.CLIP(clip.SIZES["ViT-B/32"])
+        adapters.add_method(model, name)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert learned == int(count.replace(" ", "")), name
+
+
+def test_the_pieces_to_copy_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "hmmc_loss" in code)
+    names = {"model": tiny_clip(), "images": torch.randn(2, 3, 32, 32), "tokens": torch.tensor([[598, 599]] * 2)}
+    exec(block, names)
+    assert names["loss"].isfinite() and len(torch.load("adapter.pt", weights_only=True)) == 10
