@@ -166,7 +166,7 @@ def test_normalize_is_divide_subtract_divide_in_float32():
     ("A photo  of\ta\n cat.", ["a", "photo", "of", "a", "cat", "."]),
     ("it's we'LL don't o'clock", ["it", "'s", "we", "'ll", "don", "'t", "o", "'", "clock"]),
     ("x2 2024 a_b __ ?!...", ["x", "2", "2", "0", "2", "4", "a", "_", "b", "__", "?!..."]),
-    ("5 m\u00b2 \u00bd\u2167 \u0967n", ["5", "m", "\u00b2", "\u00bd", "\u2177", "\u0967", "n"]),     # numbers
+    ("m\u00b2 \u00bd\u2167i \u0967n", ["m", "\u00b2", "\u00bd", "\u2177", "i", "\u0967", "n"]),   # numbers
     ("na\u00efve \u4e00\u732b \u3042b", ["na\u00efve", "\u4e00\u732b", "\u3042b"]),                  # letters
     ("e\u0301 a\u20ddb a\u0345b!", ["\u00e9", "a", "\u20dd", "b", "a", "b", "!"]),     # NFC; marks are signs
     ("\u201cHi\u201d \u2018it\u2019s\u2019", ['"', "hi", '"', "'", "it", "'s", "'"]),
@@ -195,7 +195,7 @@ def test_training_joins_the_most_frequent_pair_first():
     # low three times, lower once, new twice: l+o 4, o+w</w> 3, o+w 1, w+e 1, e+r</w> 1, n+e 2, e+w</w> 2;
     # then lo+w</w> 3; then, of the pairs that come twice, n+e, which is after e+w</w> in the alphabet
     assert clip.Tokenizer.train(["low low Low", "lower new NEW"], 3).merges == ["l o", "lo w</w>", "n e"]
-    assert clip.Tokenizer.train(["ab ab", "<|endoftext|>"], 50).merges == ["a b</w>"]       # ends by itself
+    assert clip.Tokenizer.train(["ab cd", "<|endoftext|>"], 50).merges == ["c d</w>", "a b</w>"]   # it ends
 
 
 @needs_vocabulary
@@ -253,8 +253,8 @@ def open_clip(state):
 
 
 def inside(key, prefix, state):
-    """A trainer's checkpoint, with what it leaves beside the weights."""
-    return {key: {prefix + name: tensor for name, tensor in state.items()}, "rng": torch.get_rng_state()}
+    """A trainer's checkpoint, with what it leaves beside the weights: random numbers, an average."""
+    return {key: {prefix + name: state[name] for name in state}, "rng": torch.get_rng_state(), "ema": state}
 
 
 @pytest.mark.parametrize("file, save, change", [
