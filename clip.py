@@ -261,7 +261,8 @@ VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simpl
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")       # its sha256
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 # OpenAI's pattern without the package regex: \w is letters, numbers and _, \d is digits, NUMBERS the numbers
-# that are no digits, such as a raised 2. differs from OpenAI: from U+3400 on these count as letters
+# that are no digits, such as a raised 2.
+# differs from OpenAI: from U+3400 on these count as letters; letters newer than Python's tables are signs
 NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                   rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]"     # letters; one number

@@ -337,8 +337,7 @@ def find_files(folder):
 
 def encode_files(model, paths, folder):
     """Unit features of image files -> {path: (D,)}. Unreadable and blank ones are told on stderr, left out.
-    `folder` keeps the features, in files of at most PIECE images that are never written again: the work is
-    linear in the number of images. An image whose size or time has changed is encoded anew."""
+    `folder` keeps the features in files of PIECE images at most, never written again; what changed is new."""
     folder.mkdir(parents=True, exist_ok=True)
     size, saved, bad = model.config.image_size, {}, {}
     for file in folder.glob("*.pt"):
@@ -428,8 +427,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         if args.table:
-            print(run_tables(args.table))
-            return
+            return print(run_tables(args.table))
         model, tokenizer, settings = load_model(args.run, args.device, None, args.activation, args.model)
         if args.dataset is None:
             args.dataset = settings.get("dataset")
@@ -444,6 +442,8 @@ def main(argv=None):
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         print(f"eval.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; features that were encoded are kept for the next search")
 
 
 if __name__ == "__main__":
