@@ -234,7 +234,7 @@ def is_blank(pixels):
 def read_images(paths, size, cache):
     """Images -> (uint8 (N, 3, H, W), mapped from a file in `cache`, {path: reason} of bad ones left out).
 
-    The file is made if it is not there or not whole. Without any good image the array is None.
+    The file is made if it is not there or not whole, with bad images anew each time. None without a good one.
     """
     def attempt(path):
         try:
@@ -309,12 +309,13 @@ def erase(images):
     """Half of the images (B, 3, H, W) lose a box of 2 to 40 % of their area to CLIP's mean colour."""
     B, _, H, W = images.shape
     area, aspect = 0.02 + 0.38 * torch.rand(B, 1, 1), 0.3 * 11 ** torch.rand(B, 1, 1)   # height / width
-    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: a long box is made squarer
+    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: it redraws a long box
     h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)        # box: (B, H, W)
     box = (y >= top) & (y < top + h) & (x >= left) & (x < left + w) & (torch.rand(B, 1, 1) < 0.5)
-    mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)      # differs from IRRA: 0 once normalised, there MEAN
+    # differs from IRRA: the box is 0 once normalised, there it is MEAN after normalising
+    mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)
     return torch.where(box[:, None].to(images.device), mean.to(images), images)
 
 
@@ -323,7 +324,8 @@ def augment(images, kind):
 
     "crop": a window of 60 to 100 % of the area; "aerial": that, mirrored and turned by a multiple of 90
     degrees (the ground has no up); "people": mirrored, moved by up to 10 pixels with black beyond the edge,
-    half of them erased in part. All but erasing is one affine map; mirrors, shifts and turns are exact.
+    half of them erased in part. All but erasing is one affine map; mirrors, shifts and, of squares, turns
+    are exact.
     """
     if kind == "none":
         return images

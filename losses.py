@@ -102,7 +102,7 @@ def sdm_loss(image, text, person_ids, scale):
 
         p_ij = softmax_j(scale s_ij),    q_ij = [same person] / (rows of the batch that are this person)
         L = 1/B sum_ij p_ij log(p_ij / (q_ij + 1e-8)), once with images as rows plus once with texts as rows
-    image, text (B, D). person_ids (B,) int. scale is not clamped (see above).
+    image, text (B, D). person_ids (B,) int. scale is used as given.
     Equal similarities and B different persons give 2 [(1 - 1/B) log 1e8 - log B], 27.948 for B = 64.
     """
     logits = scale * cosine(image, text)                                      # (B, B)

@@ -7,7 +7,8 @@
     python train.py --dataset CUHK-PEDES --data-root DIR --init runs/stage1 --train backbone   stage 2
 
 A run is a folder: best.pt (best epoch on val), last.pt (to resume), curve.png, metrics.json.
-The random numbers of a step depend on (seed, step, process) alone: a resumed run ends as an unbroken one.
+The random numbers of a step depend on (seed, step, process) alone: with the same processes, device and
+precision a resumed run ends as an unbroken one.
 
 Shapes: B pairs in the batch, L tokens, C width of a tower, D width of the joint space.
 """
@@ -53,11 +54,11 @@ PEOPLE = dict(model="ViT-B/16", image_size=(384, 128), method="prompts", loss="s
               epochs=10, batch_size=64, lr=3e-4, schedule="cosine", warmup=1.0, weight_decay=4e-5)
 TOY = dict(model="toy", batch_size=64, schedule="cosine", warmup=1.0, epoch_over="images", epochs=15)
 TOY_PEOPLE = PEOPLE | dict(model="toy", image_size=(96, 48), augment="none", epochs=5)
-RECIPES = {     # for (kind of data, whether CLIP itself learns), over PE_RSITR; all but IRRA's are ours
-    ("retrieval", False): {},
-    ("retrieval", True): dict(lr=1e-5),
-    ("people", False): PEOPLE,      # stage 1 of prompt decoupling [choice]: the paper's could not be read
-    ("people", True): PEOPLE | dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0),     # IRRA's
+RECIPES = {     # for (kind of data, whether CLIP itself learns), over PE_RSITR
+    ("retrieval", False): {},       # the first paper's own
+    ("retrieval", True): dict(lr=1e-5),         # ours, as are the toy recipes
+    ("people", False): PEOPLE,      # stage 1, ours [choice]: the second paper's could not be read
+    ("people", True): PEOPLE | dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0),     # IRRA's, for stage 2
     ("toy-retrieval", False): TOY | dict(loss="hmmc-softmax", lr=5e-3),
     ("toy-retrieval", True): TOY | dict(loss="contrastive", lr=5e-4),
     ("toy-people", False): TOY_PEOPLE | dict(loss="contrastive", lr=3e-3),  # SDM collapses on the tiny CLIP
@@ -200,10 +201,11 @@ def compute_loss(args, image, text, scale, same, person, classifier):
 
 
 def choose_what_learns(model, what):
-    """Set requires_grad for "method": as add_method left it; "backbone": CLIP, not the method; or "all"."""
+    """Set requires_grad. "method": the method's parameters; "backbone": all but them; "all": every one."""
     for name, parameter in model.named_parameters():
         of_method = name in model.method_parameters
-        parameter.requires_grad_(what == "all" or of_method == (what == "method"))
+        learns = {"method": of_method, "backbone": not of_method, "all": True}[what]
+        parameter.requires_grad_(learns)
 
 
 def make_optimizer(learned, args):
@@ -396,7 +398,7 @@ def train(args):
     batches = data.batches(pairs["train"], images["train"], tokens, args.epoch_over, args.batch_size,
                            args.seed, step, last_step, RANK, WORLD)
     model.train()
-    for pixels, captions, rows in tqdm(batches, "step", last_step, initial=step, leave=False,
+    for pixels, captions, numbers in tqdm(batches, "step", last_step, initial=step, leave=False,
                                        disable=True if RANK > 0 else None):
         torch.manual_seed(args.seed * 2 ** 32 + RANK * 2 ** 24 + step)
         lr = learning_rate(args, step, steps)
@@ -408,8 +410,8 @@ def train(args):
             image = encode(model.visual, pixels, views)                                       # views x (B, D)
             text = encode(model.text, captions, views)
         image, text = [gather(view) for view in image], [gather(view) for view in text]
-        rows = gather(rows.to(args.device)).cpu()
-        person, caption = person_ids[rows].to(args.device), text_ids[rows].to(args.device)    # (B,) each
+        numbers = gather(numbers.to(args.device)).cpu()                             # (B,) numbers of captions
+        person, caption = person_ids[numbers].to(args.device), text_ids[numbers].to(args.device)
         same = None
         if args.mask_same:
             same = (person[:, None] == person) | (caption[:, None] == caption)                # (B, B)
@@ -445,6 +447,7 @@ def train(args):
                 shown.append(score)
             history.append(row)
             if RANK == 0 and best:
+                # trained: the method's tensors, also where they are fixed (stage 2)
                 content = dict(settings=vars(args), trained=adapters.trainable_state(model), epoch=epoch,
                                merges=tokenizer.merges, activation=args.activation, fingerprint=fingerprint)
                 if args.train != "method":          # CLIP's own weights only if they learned
@@ -471,9 +474,8 @@ def test(args, pairs, images, history, seconds):
     """The test set, touched once: chance, what the run started from, and best.pt -> rows of its table."""
     split = "test" if "test" in pairs else "val"
     rows = [("chance", None, None, eval.chance(pairs[split]))]
-    for path in (args.init or args.model, args.out):
-        if path in FROM_SCRATCH:
-            continue
+    start = [] if args.model in FROM_SCRATCH else [args.init or args.model]
+    for path in [*start, args.out]:
         model, tokenizer, settings = eval.load_model(path, args.device, args.image_size, args.activation)
         name, trained = eval.label(settings), settings.get("trained_parameters", 0)
         if path != args.out:
