@@ -386,7 +386,8 @@ URLS = {    # the folder's name is the file's sha256
 }
 FILES = ("best.pt", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
          "pytorch_model.bin")       # what is looked for in a folder
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}     # safetensors'
 HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this order
     "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
     "vision_model.": "visual.", "text_model.": "", "embeddings.": "",
@@ -405,11 +406,11 @@ def loading(path):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
+        reason = " ".join(str(error).split())
         if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in it
             named = re.findall(r"GLOBAL (\S+)", reason)
             reason = f"it is damaged or holds more than tensors {named}; nothing in it was run"
-        raise ValueError(f"{path} cannot be loaded ({type(error).__name__}): {reason}") from error
+        raise ValueError(f"{path} cannot be loaded ({type(error).__name__}): {reason[:400]}") from error
 
 
 def download(url, sha256):
@@ -558,8 +559,9 @@ def activation_beside(path, config, given):
         "model_cfg.vision_cfg.act_kwargs.approximate": "none", "model_cfg.vision_cfg.pool_type": "tok",
         "model_cfg.text_cfg.act_kwargs.approximate": "none", "model_cfg.text_cfg.no_causal_mask": False,
         "model_cfg.vision_cfg.norm_kwargs.eps": 1e-5, "model_cfg.text_cfg.norm_kwargs.eps": 1e-5,
-        "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD),
-        "image_mean": list(MEAN), "image_std": list(STD),
+        "model_cfg.text_cfg.pool_type": "argmax", "preprocess_cfg.interpolation": "bicubic",
+        "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD), "do_normalize": True,
+        "image_mean": list(MEAN), "image_std": list(STD), "preprocess_cfg.resize_mode": "shortest",
     }
     stated = {}
     for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):

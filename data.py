@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+import posixpath
 import random
 import tempfile
 import warnings
@@ -93,7 +94,7 @@ def choose_split(file, entries, split):
               f"{where}: the captions {captions!r:.80} are no list of texts")
         meant = SPLITS.get(str(word).strip().lower())
         check(meant, f"{where}: the split {word!r:.80} is none of {', '.join(SPLITS)}")
-        name = name.strip().replace("\\", "/")      # from Windows
+        name = posixpath.normpath(name.strip().replace("\\", "/"))      # from Windows; ./a.png is a.png
         before = known.setdefault(name, (meant, person))
         check(before == (meant, person), f"{where}: {name} has the split and person {meant, person}, "
               f"but {before} further up")
@@ -226,9 +227,9 @@ def decode(path, size):
 
 
 def is_blank(pixels):
-    """Whether all pixels of an image (3, H, W) are equal, as when 16 bits or floats in 0..1 become 8 bits."""
-    colour = pixels[:, :1, :1]
-    return bool((pixels[:, :1] == colour).all() and (pixels == colour).all())       # the first row is fast
+    """Whether an image (3, H, W) has next to no content, as when 16 bits or floats in 0..1 become 8 bits:
+    pixels that are all equal, all 0 or 1, or nearly all at 255."""
+    return bool((pixels == pixels[:, :1, :1]).all() or pixels.max() <= 1 or (pixels == 255).mean() > 0.97)
 
 
 def read_images(paths, size, cache):
@@ -296,7 +297,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         check(part.images, f"the split {split} has no image that can be used")
         blank = [path for path, pixels in zip(part.images, images[split]) if is_blank(pixels)]
         if blank:
-            notes.append(f"{split}: {len(blank)} images are blank, of one colour only: {some(blank)}")
+            notes.append(f"{split}: {len(blank)} images are blank, of one colour or nearly: {some(blank)}")
     return pairs, images, notes
 
 

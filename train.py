@@ -52,7 +52,7 @@ SCRATCH = dict(method="none", train="all", loss="contrastive", epochs=20, batch_
                schedule="cosine", warmup=1.0, weight_decay=0.1, epoch_over="images")
 PEOPLE = dict(model="ViT-B/16", image_size=(384, 128), method="prompts", loss="sdm", augment="people",
               epochs=10, batch_size=64, lr=3e-4, schedule="cosine", warmup=1.0, weight_decay=4e-5)
-TOY = dict(model="toy", batch_size=64, schedule="cosine", warmup=1.0, epoch_over="images", epochs=15)
+TOY = dict(model="toy", batch_size=64, schedule="cosine", warmup=1.0, epoch_over="images", epochs=12)
 TOY_PEOPLE = PEOPLE | dict(model="toy", image_size=(96, 48), augment="none", epochs=5)
 RECIPES = {     # for (kind of data, whether CLIP itself learns), over PE_RSITR
     ("retrieval", False): {},       # the first paper's own
@@ -150,11 +150,14 @@ def parse(argv):
     if args.resume:
         return args                                     # checked when it began
     if isinstance(args.image_size, list):
+        if len(args.image_size) > 2 or min(args.image_size) < 1:
+            raise ValueError(f"--image-size {args.image_size}: give pixels, or height and width")
         args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
     if os.path.exists(args.model):
         args.model = os.path.abspath(args.model)        # as all paths: a run is used from other folders too
-    for name, least in dict(epochs=1, batch_size=2 * WORLD, lr=1e-12, margin=1e-6).items():
-        if not getattr(args, name) >= least:            # true of NaN too
+    limits = dict(epochs=1, batch_size=2 * WORLD, lr=1e-12, margin=1e-6, warmup=0, weight_decay=0, seed=0)
+    for name, least in limits.items():
+        if not least <= getattr(args, name) < 2 ** 31:      # true of NaN too
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more is needed")
     if args.train == "method" and (args.method == "none" or args.model in FROM_SCRATCH):
         raise ValueError(f"--train method with --model {args.model} --method {args.method}: a method needs a "

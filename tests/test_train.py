@@ -372,6 +372,8 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
     (["--epochs", "0"], "--epochs 0: 1 or more"),
     (["--batch-size", "1"], "--batch-size 1: 2 or more"),
     (["--lr", "nan"], "--lr nan"),
+    (["--warmup", "-1"], "--warmup -1.0: 0 or more"),
+    (["--image-size", "0"], "--image-size [0]"),
     (["--loss", "sdm"], "needs person ids"),
     (["--loss", "hinge"], "invalid choice"),
     (["--model", "nothing.pt"], "nothing.pt"),
