@@ -254,7 +254,7 @@ def table(rows, heads=()):
     for name, trained, share, metrics, *cells in rows:
         size = ["", ""] if trained is None else [f"{trained:,}".replace(",", " "), f"{share:.2f} %"]
         lines.append([name, *size, *(f"{value:.2f}" for value in metrics.values()), *cells])
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    widths = [max(len(cell) for cell in column) for column in np.array(lines).T]
     text = []
     for name, *cells in lines:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]

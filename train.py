@@ -235,7 +235,7 @@ def learning_rate(args, step, steps_per_epoch):
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "step":
-        return args.lr * (0.7 if step >= 19 * steps_per_epoch else 1.0)
+        return 0.7 * args.lr if step >= 19 * steps_per_epoch else args.lr
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
