@@ -139,6 +139,8 @@ def parse(argv):
         earlier = {name: settings.get(name) for name in FROM_INIT}
         if settings["train"] != "method":
             earlier["model"] = args.init                # its CLIP has learned
+        elif args.model:
+            del earlier["model"]                        # where its CLIP is now
     for name in given:
         if name in earlier and name not in MAY_CHANGE:
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
@@ -295,6 +297,12 @@ def gather(x):
 
 # ------------------------------------------------------------------------------------------------ 3. the run
 
+def load_start(args):
+    """What a run starts from: plain CLIP, or the run in --init, whose CLIP may have been moved to --model."""
+    weights = args.model if args.init and args.model != args.init else None
+    return eval.load_model(args.init or args.model, args.device, args.image_size, args.activation, weights)
+
+
 def build(args, captions):
     """The model with its method, its tokenizer, and the fingerprint of CLIP without the method."""
     start = {}
@@ -305,8 +313,7 @@ def build(args, captions):
         config.image_size = args.image_size or config.image_size
         model = clip.CLIP(config).to(args.device)
     else:
-        model, tokenizer, start = eval.load_model(args.init or args.model, args.device, args.image_size,
-                                                  args.activation)
+        model, tokenizer, start = load_start(args)
     fingerprint = start.get("fingerprint") or eval.fingerprint(model)
     args.sizes = {name: getattr(args, name) for name in SIZES}
     if not args.init:
@@ -477,11 +484,13 @@ def test(args, pairs, images, history, seconds):
     """The test set, touched once: chance, what the run started from, and best.pt -> rows of its table."""
     split = "test" if "test" in pairs else "val"
     rows = [("chance", None, None, eval.chance(pairs[split]))]
-    start = [] if args.model in FROM_SCRATCH else [args.init or args.model]
-    for path in [*start, args.out]:
-        model, tokenizer, settings = eval.load_model(path, args.device, args.image_size, args.activation)
+    for which in ("start", "run"):
+        if which == "start" and args.model in FROM_SCRATCH:
+            continue
+        loaded = load_start(args) if which == "start" else eval.load_model(args.out, args.device)
+        model, tokenizer, settings = loaded
         name, trained = eval.label(settings), settings.get("trained_parameters", 0)
-        if path != args.out:
+        if which == "start":
             name = f"before: {name}"
             if not args.init and settings.get("dataset") != args.dataset:   # weights, or a run on other data
                 name, trained = "zero-shot", 0

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -272,9 +273,11 @@ def test_stage_2_keeps_the_prompts_to_the_bit_and_changes_clip(world, people, tm
     assert rows[1][3] == row[3]                         # stage 2 starts where stage 1 ended
 
 
-def test_a_run_that_trains_the_method_of_another_on_loads(people, tmp_path):
+def test_a_run_trains_the_method_of_another_on_and_may_be_told_where_its_clip_is_now(world, people, tmp_path):
     folder, flags, _ = people
-    run(*flags, "--init", folder / "stage1", "--out", tmp_path / "on")
+    shutil.copytree(world[0] / "scratch", tmp_path / "moved")
+    run(*flags, "--init", folder / "stage1", "--model", tmp_path / "moved", "--out", tmp_path / "on")
+    assert state(tmp_path / "on/best.pt")["settings"]["model"] == str(tmp_path / "moved")
     before, after = state(folder / "stage1/best.pt")["trained"], state(tmp_path / "on/best.pt")["trained"]
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
