@@ -141,6 +141,8 @@ class VisionTower(nn.Module):
         super().__init__()
         width, patch, scale = config.vision_width, config.patch_size, config.vision_width ** -0.5
         self.grid = config.grid
+        if 0 in self.grid:
+            raise ValueError(f"images of {config.image_size} pixels are smaller than a patch of {patch}")
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + math.prod(self.grid), width))

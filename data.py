@@ -134,7 +134,7 @@ def read_json(file, split, people=False):
     """One split of a JSON list, or of Karpathy's {"images": list} -> Pairs; people: with their ids."""
     try:
         content = json.loads("\n".join(read_lines(file)))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from None
     content = content.get("images") if isinstance(content, dict) else content
     check(isinstance(content, list), f"{file} is no list of entries and has none under 'images'")
