@@ -6,10 +6,11 @@ Papers: "Parameter-Efficient Transfer Learning for Remote Sensing Image-Text Ret
     model = load_clip("ViT-B/32")
     add_method(model, "mrs", bottleneck=64)     # CLIP is frozen; only what was added has requires_grad
 
-CLIP knows nothing of this file. Three moves install any method:
+clip.py imports nothing from here. Four moves, alone or together, install any method:
 1. wrap a block: a module holds it as `.inner` and restates its two lines with the method in place;
 2. `Prompted(inner, m, width)`: m learned tokens join what a module reads and leave what it returns;
-3. set `tower.head`, which is nn.Identity() in plain CLIP.
+3. set `tower.head`, which is nn.Identity() in plain CLIP;
+4. `tune(model, names)`: let some of CLIP's own parameters learn.
 A twentieth method is a function add_name(model, size=default) that makes one of these moves, entered in
 METHODS at the end of the file. Every parameter that it creates will learn.
 
@@ -20,10 +21,11 @@ The first token is an image's class token or a caption's SOT. Prompts have no po
 causal, so a word (and EOT) sees SOT, all prompts and the words before it; SOT never sees a prompt, a prompt
 never sees a word. In the image tower all tokens see each other.
 
-To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch; in each block,
-call it on the residual stream after attention and add its output to what the block returns.
+To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one,
+`MRSAdapter({"image": C, "text": C})`, for all blocks of both towers, and let it alone learn; in each block
+`x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`.
 
-Facts that bite: a bottleneck whose two matrices both start at zero never gets a gradient; new parameters are
+Facts that bite: two matrices of a bottleneck that both start at zero stay at zero; new parameters are
 float32 however CLIP is stored, so train under autocast.
 
 A side is "image" or "text". Shapes: B batch, L sequence length, C width of a tower, D joint width, m prompt

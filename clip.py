@@ -183,7 +183,8 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def embed(self, tokens):
-        # cut after the longest caption's EOT. Exact: attention is causal, so no token sees a later one
+        # drop what follows the last EOT of the batch, to save time. Exact: attention is causal, all else
+        # works token by token, and a feature is read at EOT alone
         tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
         L, longest = tokens.shape[1], len(self.positional_embedding)
         if L > longest or (tokens.amax(dim=1) != self.eot).any():
