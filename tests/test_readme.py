@@ -13,7 +13,7 @@ import train
 from conftest import tiny_clip
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"^(?:python|torchrun --nproc-per-node 8) (?:train|eval)\.py [^#\n]+", README, re.M)))
+COMMANDS = sorted(set(re.findall(r"^python (?:train|eval)\.py [^#\n]+", README, re.M)))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -22,7 +22,7 @@ def test_each_command_is_understood(command, tmp_path, monkeypatch):
     (tmp_path / "runs/stage1").mkdir(parents=True)
     settings = vars(train.parse(["--dataset", "CUHK-PEDES", "--data-root", "x"]))
     torch.save({"settings": settings}, tmp_path / "runs/stage1/best.pt")        # for --init
-    script, *flags = shlex.split(command.split(" ", 1)[1].replace("--nproc-per-node 8 ", ""))
+    script, *flags = shlex.split(command.split(" ", 1)[1])
     assert (train.parse if script == "train.py" else eval.parse)(flags) and len(COMMANDS) > 6
 
 

@@ -365,8 +365,6 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
     assert state(tmp_path / "last.pt") == {"step": 1}
 
 
-# ------------------------------------------------------------------------------ mistakes on the command line
-
 @pytest.mark.parametrize("flags, words", [
     (["--method", "none", "--train", "method"], "a method needs a trained CLIP"),
     (["--train", "backbone", "--method", "prompts"], "at random: give --init RUN"),
@@ -406,8 +404,6 @@ def test_a_run_whose_data_changed_is_not_resumed(world, tmp_path):
     with pytest.raises(ValueError, match="does not fit: the data"):
         run("--resume", "--out", tmp_path / "run", "--data-root", tmp_path / "more")
 
-
-# ---------------------------------------------------------------------------------------------- two processes
 
 def test_two_processes_are_one_with_the_whole_batch(world, people, tmp_path):
     with socket.socket() as free:
