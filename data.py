@@ -352,44 +352,34 @@ def augment(images, kind):
 
 # -------------------------------------------------------------------------------- batches
 
-def epoch_batches(pairs, over, batch_size, seed, epoch, world=1):
-    """The batches of one epoch, int64 arrays of caption numbers: a pure function of seed and epoch.
+def plan_batches(pairs, over, batch_size, epochs, seed, world=1):
+    """The batches of all epochs in a row, int64 arrays of caption numbers; every epoch has equally many.
 
-    over "captions": every caption once (the papers' epoch). "images": every image once, with any caption.
+    over "captions": every caption once an epoch (the papers'). "images": every image once, with any caption.
     Pairs that `world` processes cannot share are dropped, and a last batch of one pair: it has no negatives.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(pairs.captions))
-    if over == "images":
-        _, first = np.unique(np.asarray(pairs.image_of_caption)[order], return_index=True)
-        order = rng.permutation(order[first])       # of each image the caption that comes first
-    chunks = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-    chunks = [chunk[:len(chunk) // world * world] for chunk in chunks]
-    return [chunk for chunk in chunks if len(chunk) >= 2]
+    plan = []
+    for epoch in range(epochs):
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(pairs.captions))
+        if over == "images":
+            _, first = np.unique(np.asarray(pairs.image_of_caption)[order], return_index=True)
+            order = rng.permutation(order[first])       # of each image the caption that comes first
+        for start in range(0, len(order), batch_size):
+            batch = order[start:start + batch_size]
+            batch = batch[:len(batch) // world * world]
+            if len(batch) >= 2:
+                plan.append(batch)
+    return plan
 
 
-def batches(pairs, images, tokens, over, batch_size, seed, start, stop, rank=0, world=1):
-    """Yield (images uint8 (B, 3, H, W), tokens (B, L), caption numbers (B,)) of the steps start to stop - 1.
-
-    Steps count through all epochs. Process `rank` of `world` gets its contiguous part of each batch.
-    """
+def batches(pairs, images, tokens, plan, rank=0, world=1):
+    """Yield (images uint8 (B, 3, H, W), tokens (B, L), caption numbers (B,)) for each batch of a plan.
+    Process `rank` of `world` gets its contiguous part of each batch."""
     image_of_caption = np.asarray(pairs.image_of_caption)
-    steps = len(epoch_batches(pairs, over, batch_size, seed, 0, world))         # of one epoch
-
-    def fetch(rows):
-        return torch.from_numpy(images[image_of_caption[rows]]), tokens[rows], torch.from_numpy(rows)
-
-    with ThreadPoolExecutor(1) as pool:     # reads two batches ahead, while the caller works on this one
-        waiting = []
-        for step in range(start, stop):
-            if step == start or step % steps == 0:
-                chunks = epoch_batches(pairs, over, batch_size, seed, step // steps, world)
-            rows = np.split(chunks[step % steps], world)[rank]
-            waiting.append(pool.submit(fetch, rows))
-            if len(waiting) == 3:
-                yield waiting.pop(0).result()
-        for job in waiting:
-            yield job.result()
+    for batch in plan:
+        rows = np.split(batch, world)[rank]
+        yield torch.from_numpy(images[image_of_caption[rows]]), tokens[rows], torch.from_numpy(rows)
 
 
 # -------------------------------------------------------------------------------- the drawn worlds

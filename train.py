@@ -352,8 +352,10 @@ def train(args):
     for split, part in pairs.items():
         load_notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
     tokens = tokenizer(pairs["train"].captions, model.config.context_length)    # (captions, L)
-    if len(tokens) < 2 * WORLD:
-        raise ValueError(f"{len(tokens)} captions to train on: two or more for each process are needed")
+    plan = data.plan_batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed, WORLD)
+    if not plan:
+        raise ValueError(f"{len(tokens)} captions of {len(pairs['train'].images)} images give no batch: two or "
+                         f"more pairs for each of {WORLD} processes are needed")
     _, text_ids = tokens.unique(dim=0, return_inverse=True)             # equal captions share a number
     person_ids = torch.tensor(pairs["train"].image_of_caption)          # without persons, that of the image
     if pairs["train"].ids:
@@ -382,9 +384,7 @@ def train(args):
                f"{args.activation}, {args.image_size} px, {args.precision} on {args.device} x {WORLD}")
 
     # where to begin: at step 0, or at the last checkpoint; steps: of one epoch
-    epoch_batches = data.epoch_batches(pairs["train"], args.epoch_over, args.batch_size, args.seed, 0, WORLD)
-    steps, step, history, sums = len(epoch_batches), 0, [], {}
-    last_step = args.epochs * steps
+    steps, step, history, sums = len(plan) // args.epochs, 0, [], {}
     if args.resume:
         last = clip.read_file(out / "last.pt")
         if last["steps"] != steps or list(last["learned"]) != list(learned):
@@ -397,18 +397,17 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)
     settings = ", ".join(f"{name} {getattr(args, name)}" for name in [*PE_RSITR, "seed"])
     tqdm.write(f"run     {out}: {settings}; {steps} steps an epoch")
-    if args.model in FROM_SCRATCH and last_step < 500:
-        notes.append(f"{last_step} steps from scratch teach little, 500 or more are needed")
+    if args.model in FROM_SCRATCH and len(plan) < 500:
+        notes.append(f"{len(plan)} steps from scratch teach little, 500 or more are needed")
     for note in notes + load_notes:
         tqdm.write(f"note    {note}")
 
     # the loop
     views = 2 if args.loss.startswith("hmmc") else 1
     saved_at = time.time()
-    batches = data.batches(pairs["train"], images["train"], tokens, args.epoch_over, args.batch_size,
-                           args.seed, step, last_step, RANK, WORLD)
+    batches = data.batches(pairs["train"], images["train"], tokens, plan[step:], RANK, WORLD)
     model.train()
-    for pixels, captions, numbers in tqdm(batches, "step", last_step, initial=step, leave=False,
+    for pixels, captions, numbers in tqdm(batches, "step", len(plan), initial=step, leave=False,
                                        disable=True if RANK > 0 else None):
         torch.manual_seed(args.seed * 2 ** 32 + RANK * 2 ** 24 + step)
         lr = learning_rate(args, step, steps)
@@ -466,7 +465,7 @@ def train(args):
             terms = "  ".join(f"{name} {row[name]:.3f}" for name in shown)
             tqdm.write(f"epoch {epoch:3d}/{args.epochs}  lr {lr:.1e}  {terms}{'*' if best else ' '}  "
                        f"{tqdm.format_interval(time.time() - began)}")
-            equal = 6 * args.margin * sum(map(len, epoch_batches)) / steps
+            equal = 6 * args.margin * sum(map(len, plan)) / len(plan)
             if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / equal - 1) < 0.02:
                 tqdm.write(f"note    {equal:.1f} is the loss when all similarities are equal; if it stays "
                            "there, lower --margin or take --loss hmmc-softmax")

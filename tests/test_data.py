@@ -327,7 +327,8 @@ def test_half_of_the_people_lose_a_box_of_2_to_40_percent():
 
 def test_an_epoch_over_images_has_each_once_with_any_of_its_captions():
     pairs = data.Pairs(["a", "b"], list("vwxyz"), [0, 0, 1, 1, 1])
-    epochs = [data.epoch_batches(pairs, "images", 2, 0, epoch)[0].tolist() for epoch in range(60)]
+    epochs = [batch.tolist() for batch in data.plan_batches(pairs, "images", 2, epochs=60, seed=0)]
+    assert len(epochs) == 60
     assert all(sorted(pairs.image_of_caption[m] for m in epoch) == [0, 1] for epoch in epochs)
     assert {m for epoch in epochs for m in epoch} == set(range(5))
 
@@ -335,14 +336,15 @@ def test_an_epoch_over_images_has_each_once_with_any_of_its_captions():
 @pytest.mark.parametrize("n, world, sizes", [(8, 1, [3, 3, 2]), (7, 1, [3, 3]), (11, 2, [2] * 4), (2, 3, [])])
 def test_a_last_batch_of_one_is_dropped_and_what_processes_cannot_share(n, world, sizes):
     pairs = data.Pairs(["a"] * n, ["x"] * n, list(range(n)))
-    assert [len(rows) for rows in data.epoch_batches(pairs, "captions", 3, 0, 0, world)] == sizes
+    assert [len(rows) for rows in data.plan_batches(pairs, "captions", 3, 1, 0, world)] == sizes
 
 
 def collect(start, stop, rank=0, world=1):
     images = np.arange(4, dtype=np.uint8).repeat(12).reshape(4, 3, 2, 2)
     pairs = data.Pairs(list("abcd"), ["x"] * 10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3])
     tokens, seen = torch.arange(10)[:, None], []
-    for pixels, text, rows in data.batches(pairs, images, tokens, "captions", 4, 0, start, stop, rank, world):
+    plan = data.plan_batches(pairs, "captions", 4, epochs=3, seed=0, world=world)
+    for pixels, text, rows in data.batches(pairs, images, tokens, plan[start:stop], rank, world):
         assert text[:, 0].tolist() == rows.tolist() and pixels.dtype == torch.uint8
         assert pixels[:, 0, 0, 0].tolist() == [pairs.image_of_caption[m] for m in rows]
         seen.append(rows.tolist())

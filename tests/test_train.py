@@ -293,7 +293,7 @@ def test_pairs_of_one_person_image_or_caption_are_no_negatives(people, tmp_path,
     monkeypatch.setattr(losses, "contrastive_loss", spy)
     run(*stage_1, "--loss", "contrastive", "--mask-same", "--out", tmp_path / "run")
     pairs = data.read("RSTPReid", folder / "people", "train")
-    batch = data.epoch_batches(pairs, "captions", 16, 0, 0)[0]
+    batch = data.plan_batches(pairs, "captions", 16, epochs=1, seed=0)[0]
     for i, a in enumerate(batch):
         for j, b in enumerate(batch):
             same_person = pairs.ids[pairs.image_of_caption[a]] == pairs.ids[pairs.image_of_caption[b]]
