@@ -12,7 +12,8 @@ clip.py imports nothing from here. Four moves, alone or together, install any me
 3. set `tower.head`, which is nn.Identity() in plain CLIP;
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
 A twentieth method is a function add_name(model, size=default) that makes one of these moves, entered in
-METHODS at the end of the file. Every parameter that it creates will learn.
+METHODS at the end of the file. Every parameter that it creates will learn. train.py lists it by itself; a
+size that no other method has needs a flag there too.
 
 Where prompts enter and leave, around each block (deep) or around the whole transformer (shallow):
     [first | rest]  ->  [first | m prompts | rest]  ->  inner  ->  [first | rest]
@@ -29,7 +30,8 @@ Facts that bite: two matrices of a bottleneck that both start at zero stay at ze
 float32 however CLIP is stored, so train under autocast.
 
 A side is "image" or "text". Shapes: B batch, L sequence length, C width of a tower, D joint width, m prompt
-length, h bottleneck. Counts are for ViT-B/32: 12 blocks in each tower, C = 768 and 512, D = 512.
+length, d inner width of an adapter (the bottleneck). Counts are for ViT-B/32: 12 blocks in each tower,
+C = 768 and 512, D = 512. A method follows its paper but for what a line `differs from` says.
 """
 import inspect
 from collections import OrderedDict
@@ -60,7 +62,8 @@ def add_method(model, name, **sizes):
             raise ValueError(f"method {name!r} has no size {key!r}: it has {', '.join(allowed) or 'none'}")
         if key == "dropout" and not 0 <= value < 1:
             raise ValueError(f"dropout {value} is not possible: it is at least 0 and less than 1")
-        if key not in ("dropout", "shared") and (not isinstance(value, int) or value < 1):
+        counts = key in ("bottleneck", "prompt_length", "prompt_depth", "rank")
+        if counts and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} {value} touches no layer: it is a whole number, 1 or more")
     learned_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -138,7 +141,7 @@ class MRSAdapter(nn.Module):
 
         h = Dropout(ReLU(W_down^side x)),   MRS(x) = [W_up^side h ; W_share h]
     widths: {"image": C, "text": C}, or one of them, each more than `share`. Init: start_at_zero.
-    h = 64, share = 64: down 49 216 + 32 832, up 45 760 + 29 120, share 4 160 = 161 088.
+    d = 64, share = 64: down 49 216 + 32 832, up 45 760 + 29 120, share 4 160 = 161 088.
     """
     def __init__(self, widths, bottleneck=64, dropout=0.5, share=64):
         super().__init__()
@@ -152,7 +155,7 @@ class MRSAdapter(nn.Module):
         start_at_zero(self.down.values(), [*self.up.values(), self.share])
 
     def forward(self, x, side):
-        h = self.dropout(F.relu(self.down[side](x)))                          # (B, L, h)
+        h = self.dropout(F.relu(self.down[side](x)))                          # (B, L, d)
         return torch.cat([self.up[side](h), self.share(h)], dim=-1)           # (B, L, C)
 
 
@@ -295,7 +298,7 @@ class Houlsby(nn.Module):
 
 def add_adapter(model, bottleneck=64, shared=True):
     """Adapter (Houlsby et al., arXiv 1902.00751): two in series in each block, nearly the identity at first.
-    h = 64: 99 136 + 66 112 = 165 248."""
+    d = 64: 99 136 + 66 112 = 165 248."""
     # differs from Houlsby: one module for both places of all blocks (shared=False: one each); LayerNorms stay
     # frozen; its normal init is truncated and its GELU the tanh approximation
     wrap_with_adapters(model, InSeries, Houlsby, shared, bottleneck=bottleneck)
@@ -313,7 +316,7 @@ class AdaptFormer(Houlsby):
 
 
 def add_adaptformer(model, bottleneck=64, shared=True, dropout=0.1):
-    """AdaptFormer (Chen et al., arXiv 2205.13535) beside the MLP, the identity at first. h = 64: 165 248."""
+    """AdaptFormer (Chen et al., arXiv 2205.13535) beside the MLP, the identity at first. d = 64: 165 248."""
     # differs from AdaptFormer: one module for all blocks, also on the text tower; it reads the stream before
     # ln_2, as the authors' code does, while their figure shows it after
     wrap_with_adapters(model, BesideMLP, AdaptFormer, shared, bottleneck=bottleneck, dropout=dropout)
@@ -333,13 +336,13 @@ class CrossModalAdapter(MRSAdapter):
             nn.init.normal_(linear.weight, std=0.01)
 
     def forward(self, y, side):
-        h = quick_gelu(self.down[side](y))                                    # (B, L, h)
+        h = quick_gelu(self.down[side](y))                                    # (B, L, d)
         return y + torch.cat([self.up[side](h), self.share(h)], dim=-1)       # (B, L, C)
 
 
 def add_cross_modal_adapter(model, bottleneck=64, shared=True):
-    """Cross-Modal Adapter (Jiang et al., arXiv 2211.09623) in series. h = 64: 165 248 - 16 x 65 = 164 208."""
-    # differs from Cross-Modal Adapter: one module for all places, there one each and h = 8 (519 168)
+    """Cross-Modal Adapter (Jiang et al., arXiv 2211.09623) in series. d = 64: 165 248 - 16 x 65 = 164 208."""
+    # differs from Cross-Modal Adapter: one module for all places, there one each and d = 8 (519 168)
     wrap_with_adapters(model, InSeries, CrossModalAdapter, shared, bottleneck=bottleneck)
 
 
@@ -354,15 +357,15 @@ class UniAdapter(nn.Module):
 
     def forward(self, x, side):
         width = str(x.shape[-1])
-        h = F.relu(self.down[width](self.norm[width](x)))                     # (B, L, h)
+        h = F.relu(self.down[width](self.norm[width](x)))                     # (B, L, d)
         return 0.1 * self.up[side](h)                                         # (B, L, C)
 
 
 def add_uniadapter(model, bottleneck=16, shared=False):
     """UniAdapter (Lu et al., arXiv 2302.06605) beside the MLP, one for each depth, the identity at first.
-    h = 16: 12 x 44 832 = 537 984."""
+    d = 16: 12 x 44 832 = 537 984."""
     # differs from UniAdapter: LN and W_down are one per width; CLIP has no cross encoder for a third W_up;
-    # h = 16, there 128 to 512, is near the 0.55M of arXiv 2308.12509, which gives no sizes
+    # d = 16, there 128 to 512, is near the 0.55M of arXiv 2308.12509, which gives no sizes
     wrap_with_adapters(model, BesideMLP, UniAdapter, shared, bottleneck=bottleneck)
 
 
@@ -380,10 +383,10 @@ class Convpass(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, y):
-        h = quick_gelu(self.down(y)).transpose(1, 2)                          # (B, h, L)
-        class_token = self.conv(h[:, :, :1, None])                            # (B, h, 1, 1)
-        patches = self.conv(h[:, :, 1:].unflatten(2, self.grid))              # (B, h, rows, columns)
-        h = torch.cat([class_token.flatten(2), patches.flatten(2)], dim=2)    # (B, h, L)
+        h = quick_gelu(self.down(y)).transpose(1, 2)                          # (B, d, L)
+        class_token = self.conv(h[:, :, :1, None])                            # (B, d, 1, 1)
+        patches = self.conv(h[:, :, 1:].unflatten(2, self.grid))              # (B, d, rows, columns)
+        h = torch.cat([class_token.flatten(2), patches.flatten(2)], dim=2)    # (B, d, L)
         return self.up(self.dropout(quick_gelu(h.transpose(1, 2))))           # (B, L, C)
 
 
@@ -403,8 +406,8 @@ class ConvpassBlock(nn.Module):
 
 def add_convpass(model, bottleneck=64, shared=True, dropout=0.1):
     """Convpass (Jie and Deng, arXiv 2207.07039), the identity at first. It needs a grid, so the text tower is
-    left alone. h = 64: 49 216 + 36 928 + 49 920 = 136 064."""
-    # differs from Convpass: h = 64, there 8, and one module for all places (the count of arXiv 2308.12509);
+    left alone. d = 64: 49 216 + 36 928 + 49 920 = 136 064."""
+    # differs from Convpass: d = 64, there 8, and one module for all places (the count of arXiv 2308.12509);
     # scale 1, there tuned for each data set
     def new():
         return Convpass(model.config.vision_width, model.visual.grid, bottleneck, dropout)
@@ -430,8 +433,8 @@ class CLIPAdapter(nn.Module):
 
 
 def add_clip_adapter(model, bottleneck=None):
-    """CLIP-Adapter (Gao et al., arXiv 2110.04544). h None is D / 2: 2 x 2 x 512 x 256 = 524 288."""
-    # differs from CLIP-Adapter: h = D / 2, there D / 4 (the count of arXiv 2308.12509)
+    """CLIP-Adapter (Gao et al., arXiv 2110.04544). d None is D / 2: 2 x 2 x 512 x 256 = 524 288."""
+    # differs from CLIP-Adapter: d = D / 2, there D / 4 (the count of arXiv 2308.12509)
     width = model.config.embed_dim
     model.visual.head = CLIPAdapter(width, bottleneck or width // 2)
     model.text.head = CLIPAdapter(width, bottleneck or width // 2)
