@@ -7,7 +7,7 @@ Papers: "Parameter-Efficient Transfer Learning for Remote Sensing Image-Text Ret
     add_method(model, "mrs", bottleneck=64)     # CLIP is frozen; only what was added has requires_grad
 
 clip.py imports nothing from here. Four moves, alone or together, install any method:
-1. wrap a block: a module holds it as `.inner` and restates its two lines with the method in place;
+1. wrap a block: a module holds it as `.inner` and restates its two lines (SSF wraps single layers as well);
 2. `Prompted(inner, m, width)`: m learned tokens join what a module reads and leave what it returns;
 3. set `tower.head`, which is nn.Identity() in plain CLIP;
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
@@ -24,7 +24,7 @@ never sees a word. In the image tower all tokens see each other.
 
 To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one,
 `MRSAdapter({"image": C, "text": C})`, for all blocks of both towers, and let it alone learn; in each block
-`x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`.
+`x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`. Call train() and eval(): it has dropout.
 
 Facts that bite: two matrices of a bottleneck that both start at zero stay at zero; new parameters are
 float32 however CLIP is stored, so train under autocast.
@@ -62,8 +62,8 @@ def add_method(model, name, **sizes):
             raise ValueError(f"method {name!r} has no size {key!r}: it has {', '.join(allowed) or 'none'}")
         if key == "dropout" and not 0 <= value < 1:
             raise ValueError(f"dropout {value} is not possible: it is at least 0 and less than 1")
-        counts = key in ("bottleneck", "prompt_length", "prompt_depth", "rank")
-        if counts and (not isinstance(value, int) or value < 1):
+        whole = key in ("bottleneck", "prompt_length", "prompt_depth", "rank")
+        if whole and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} {value} touches no layer: it is a whole number, 1 or more")
     learned_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -108,18 +108,18 @@ def wrap_blocks(model, wrapper, **sizes):
             blocks[depth] = wrapper(block, **sizes)
 
 
-def wrap_with_adapters(model, wrapper, adapter, shared, **sizes):
-    """Each block of both towers becomes wrapper(block, side, *adapters), made by adapter(widths, **sizes).
+def wrap_with_adapters(model, wrapper, adapter_class, shared, **sizes):
+    """Each block of both towers becomes wrapper(block, side, *adapters), with adapter_class(widths, **sizes).
     shared: one adapter for every place in every block. Otherwise one for each place at each depth, common to
     both towers where both are that deep (ViT-L/14 has 24 and 12 blocks)."""
     stacks = {"image": model.visual.transformer.resblocks, "text": model.text.transformer.resblocks}
     widths = {"image": model.config.vision_width, "text": model.config.text_width}
+    if shared:
+        adapters = [adapter_class(widths, **sizes)] * wrapper.adapters_per_block
     for depth in range(max(len(stacks["image"]), len(stacks["text"]))):
         widths_here = {side: widths[side] for side in stacks if depth < len(stacks[side])}
-        if depth == 0 or not shared:
-            adapters = [adapter(widths_here, **sizes) for _ in range(wrapper.adapters_per_block)]
-        if shared:
-            adapters = [adapters[0]] * wrapper.adapters_per_block       # the same one at every place
+        if not shared:
+            adapters = [adapter_class(widths_here, **sizes) for _ in range(wrapper.adapters_per_block)]
         for side in widths_here:
             stacks[side][depth] = wrapper(stacks[side][depth], side, *adapters)
 
@@ -189,7 +189,7 @@ def run_with_prompts(inner, x, prompts):
 
 
 class Prompted(nn.Module):
-    """m learned tokens that join what a module reads and leave what it returns, N(0, 0.02) at first.
+    """m learned tokens that join what a module reads and leave what it returns; std 0.02 at first.
     Around each block: deep prompting. Around a transformer: shallow prompting. m = 0 is plain CLIP."""
     def __init__(self, inner, m, width):
         super().__init__()
@@ -260,9 +260,9 @@ def add_maple(model, prompt_length=2, prompt_depth=None):
     # differs from MaPLe: random at first, there the words "a photo of a"; the prompts leave after block 9,
     # there they flow on; those of block 1 get no positional embedding and no ln_pre
     image_blocks, text_blocks = model.visual.transformer.resblocks, model.text.transformer.resblocks
-    prompted = prompt_depth or min(9, len(text_blocks))
-    add_deep_prompts([model.text], prompt_length, prompted)
-    for depth, block in enumerate(image_blocks[:prompted]):
+    prompt_depth = prompt_depth or min(9, len(text_blocks))
+    add_deep_prompts([model.text], prompt_length, prompt_depth)
+    for depth, block in enumerate(image_blocks[:prompt_depth]):
         image_blocks[depth] = CoupledPrompted(block, text_blocks[depth].prompts, model.config.vision_width)
 
 
@@ -454,7 +454,7 @@ def add_linear_probe(model):
 
 class LoRABlock(nn.Module):
     """W <- W + B A for q and v, A (r, C), B (C, r). Init: A Kaiming-uniform(a = sqrt 5), B 0. CLIP packs q, k
-    and v in one matrix; the path is added to its output, so no gradient of the matrix's size is made."""
+    and v in one matrix: B (A y) is added to its output, so no gradient of the matrix's size is made."""
     def __init__(self, block, rank):
         super().__init__()
         self.inner, width = block, block.attn.out_proj.in_features
@@ -536,15 +536,15 @@ class SSFBlock(nn.Module):
         super().__init__()
         width, hidden = block.attn.out_proj.in_features, block.mlp.c_fc.out_features
         self.inner = block
-        self.ln_1, self.qkv, self.attn = ScaleShift(width), ScaleShift(3 * width), ScaleShift(width)
-        self.ln_2, self.c_fc, self.c_proj = ScaleShift(width), ScaleShift(hidden), ScaleShift(width)
+        self.on_ln_1, self.on_qkv, self.on_attn = ScaleShift(width), ScaleShift(3 * width), ScaleShift(width)
+        self.on_ln_2, self.on_c_fc, self.on_mlp = ScaleShift(width), ScaleShift(hidden), ScaleShift(width)
 
     def forward(self, x):
         block, attn, mlp = self.inner, self.inner.attn, self.inner.mlp
-        q, k, v = self.qkv(attn.project(self.ln_1(block.ln_1(x)))).chunk(3, dim=-1)     # 3 x (B, L, C)
-        x = x + self.attn(attn.out_proj(attn.attend(q, k, v)))
-        h = mlp.act(self.c_fc(mlp.c_fc(self.ln_2(block.ln_2(x)))))            # (B, L, 4C)
-        return x + self.c_proj(mlp.c_proj(h))
+        q, k, v = self.on_qkv(attn.project(self.on_ln_1(block.ln_1(x)))).chunk(3, dim=-1)     # 3 x (B, L, C)
+        x = x + self.on_attn(attn.out_proj(attn.attend(q, k, v)))
+        h = mlp.act(self.on_c_fc(mlp.c_fc(self.on_ln_2(block.ln_2(x)))))            # (B, L, 4C)
+        return x + self.on_mlp(mlp.c_proj(h))
 
 
 def add_ssf(model):

@@ -99,7 +99,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. The methods of adapters.py wrap it and restate the lines of `forward`."""
+    """Pre-norm transformer block. Many methods of adapters.py wrap it and restate the lines of `forward`."""
     def __init__(self, width, causal, activation):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
         self.grad_checkpointing = False     # True: less memory, as backward computes each block once more
-        for block in self.resblocks:        # differs from OpenAI: towers start alike; biases are 0
+        for block in self.resblocks:    # differs from OpenAI: here images too start so, and all biases at 0
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -161,7 +161,7 @@ class VisionTower(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, L = 1 + patches, C)
         return self.ln_pre(x)
 
-    def pool(self, x, images):
+    def pool(self, x, images):          # images are not needed; the text tower's pool does need its tokens
         return self.ln_post(x[:, 0]) @ self.proj                              # (B, D), from the class token
 
     def forward(self, images):
@@ -183,8 +183,8 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def embed(self, tokens):
-        # drop what follows the last EOT of the batch, to save time. Exact: attention is causal, all else
-        # works token by token, and a feature is read at EOT alone
+        # to save time, cut the batch behind the longest caption's EOT (of each row the first one). Exact:
+        # attention is causal, all else works token by token, and a feature is read at that EOT alone
         tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
         L, longest = tokens.shape[1], len(self.positional_embedding)
         if L > longest or (tokens.amax(dim=1) != self.eot).any():
@@ -192,7 +192,7 @@ class TextTower(nn.Module):
         return self.token_embedding(tokens) + self.positional_embedding[:L]   # (B, L, C)
 
     def pool(self, x, tokens):
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]    # (B, C), at EOT
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]    # (B, C), at each first EOT
         return self.ln_final(x) @ self.text_projection                        # (B, D)
 
     def forward(self, tokens):
@@ -211,6 +211,7 @@ class CLIP(nn.Module):
 
     def encode_image(self, images):
         """Normalised images (B, 3, H, W) -> unit-length features (B, D) in float32."""
+        # differs from OpenAI, in both encoders: its features are not normalised
         return F.normalize(self.visual(images).float(), dim=-1)
 
     def encode_text(self, tokens):
@@ -265,7 +266,8 @@ VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simpl
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 # OpenAI's pattern without the package regex: \w is letters, numbers and _, \d is digits, NUMBERS the numbers
 # that are no digits, such as a raised 2.
-# differs from OpenAI: from U+3400 on these count as letters; letters newer than Python's tables are signs
+# differs from OpenAI: from U+3400 on, numbers that are no digits count as letters; letters that Python's
+# tables do not know yet count as signs
 NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                   rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]"     # letters; one number
@@ -303,8 +305,8 @@ def merge(symbols, pair):
 
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
-    path: None or one of OpenAI's names, for their vocabulary; its .gz file; or weights, as a run of ours may
-    have its own vocabulary. merges: instead of a path, a list of "a b"."""
+    path: None or one of OpenAI's names: their vocabulary; a .gz file: the vocabulary in it; weights: the
+    merges stored in them, as in a run of ours, else OpenAI's. merges: a list of "a b", instead of a path."""
     def __init__(self, path=None, merges=None):
         is_vocabulary = str(path).endswith(".gz")
         if path is not None and path not in URLS and not is_vocabulary:
@@ -349,11 +351,11 @@ class Tokenizer:
     def ids_of(self, word):
         """Ids of a word: of its pairs the one learned first is merged, until none is known."""
         symbols = spell(word)
-        pairs = self.rank.keys() & zip(symbols, symbols[1:])
-        while pairs:
-            symbols = merge(symbols, min(pairs, key=self.rank.get))
-            pairs = self.rank.keys() & zip(symbols, symbols[1:])
-        return [self.ids[symbol] for symbol in symbols]
+        while True:
+            known = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
+            if not known:
+                return [self.ids[symbol] for symbol in symbols]
+            symbols = merge(symbols, min(known, key=self.rank.get))
 
     def encode(self, text):
         """A text's ids, as many as there are: SOT, those of its words, EOT."""
@@ -366,7 +368,7 @@ class Tokenizer:
 
     def __call__(self, texts, context_length=77):
         """Texts (a list, or one) -> int64 (N, context_length): SOT, the text, EOT, then zeros.
-        differs from OpenAI: a text that is too long is cut, and EOT kept last; theirs raises."""
+        differs from OpenAI: a text that is too long is cut, and EOT kept last; theirs raises by default."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(tokens, texts):
@@ -455,11 +457,12 @@ def flatten(nested, prefix=""):
 
 class ScriptModule(dict):
     """A module of a TorchScript archive, without its code: the dict of its attributes."""
-    __setstate__ = dict.update
+    __setstate__ = dict.update      # pickle hands it the attributes
 
 
 class ScriptUnpickler(pickle.Unpickler):
-    """Reads a TorchScript archive and runs nothing in it: whatever its pickle names, it gets one of these."""
+    """Reads a TorchScript archive and runs nothing in it. A pickle may name any function of Python; here the
+    names it can have are those in KNOWN, modules, and a mark of types; any other is an error."""
     KNOWN = {
         "OrderedDict": dict,
         "HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long,
@@ -502,11 +505,11 @@ def read_file(name_or_path):
         start = file.read(9)
         if start[8:] == b"{":
             return read_safetensors(path)
-        if start[:2] == b"PK":
+        if start[:2] == b"PK":                          # a zip, which torch.save and TorchScript write
             folder, = zipfile.Path(path).iterdir()
             if (folder / "constants.pkl").exists():     # TorchScript
                 return ScriptUnpickler(folder).load()
-        elif start[:1] != b"\x80":                      # a pickle, as torch.save wrote before torch 1.6
+        elif start[:1] != b"\x80":                      # nor a pickle, which torch.save wrote before 1.6
             raise ValueError(f"it is no weight file, it starts with {start!r}")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
@@ -544,12 +547,13 @@ def config_of(weights, image_size):
     vocab_size, text_width = weights["token_embedding.weight"].shape
     if width > 1024 or width % 64 or text_width % 64:       # ViT-H is 1280 wide, its heads are 80
         raise ValueError(f"its towers are {width} and {text_width} wide: heads must be 64 wide, up to ViT-L")
-    is_visual = [name.startswith("visual.") for name in weights if name.endswith(".ln_1.bias")]      # blocks
+    blocks = [name for name in weights if name.endswith(".ln_1.bias")]
+    vision_layers = sum(name.startswith("visual.") for name in blocks)
     square = math.isqrt(len(weights["visual.positional_embedding"]) - 1) * patch
     return CLIPConfig(
         embed_dim=weights["text_projection"].shape[1], image_size=image_size or square, patch_size=patch,
-        vision_width=width, vision_layers=is_visual.count(True), vocab_size=vocab_size, text_width=text_width,
-        context_length=len(weights["positional_embedding"]), text_layers=is_visual.count(False))
+        vision_width=width, vision_layers=vision_layers, vocab_size=vocab_size, text_width=text_width,
+        context_length=len(weights["positional_embedding"]), text_layers=len(blocks) - vision_layers)
 
 
 def activation_beside(path, config, given):
@@ -593,15 +597,17 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     path = find_file(name_or_path)
     content = read_file(path)
     with loading(path):
-        settings = content.get("settings", {})
+        settings = content.get("settings", {})      # of a run of train.py, as are "trained" and "activation"
         if "trained" in content and "state_dict" not in content:
             raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
         weights = to_openai(content)
         config = config_of(weights, settings.get("image_size"))
-        grid, config.image_size = config.grid, image_size or config.image_size
-        if config.grid != grid:
+        trained_grid = config.grid
+        if image_size:
+            config.image_size = image_size
+        if config.grid != trained_grid:         # differs from OpenAI: it has no such resizing
             cls, position = weights["visual.positional_embedding"].float().tensor_split([1])
-            position = position.T.reshape(1, config.vision_width, *grid)      # (1, C, rows, columns)
+            position = position.T.reshape(1, config.vision_width, *trained_grid)   # (1, C, rows, columns)
             position = F.interpolate(position, config.grid, mode="bilinear", align_corners=False)
             weights["visual.positional_embedding"] = torch.cat([cls, position[0].flatten(1).T])
         config.activation = activation_beside(path, config, activation or content.get("activation"))

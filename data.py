@@ -110,8 +110,8 @@ def read_precomp(root, split):
     """UCM, RSICD and RSITMD as the remote-sensing papers pass them on -> Pairs; split: train, val or test.
 
     root holds `train_caps.txt`, `train_filename.txt` (captions 5k..5k+4 are about image k), `test_caps.txt`,
-    `test_filename.txt` (line by line) and the folder of images. train and val are the official split of the
-    train files: shuffled with random.seed(2), the first 80 % train.
+    `test_filename.txt` (caption k is about image k, each image in five lines) and the folder of images. train
+    and val are the official split of the train files: shuffled with random.seed(2), the first 80 % train.
     """
     part, per_name = ("test", 1) if split == "test" else ("train", 5)       # captions for each line of names
     names_file, captions_file = Path(root) / f"{part}_filename.txt", Path(root) / f"{part}_caps.txt"
@@ -183,8 +183,8 @@ def read_folder(root, split):
     """One's own images: `captions.tsv` in lines image<TAB>caption or image<TAB>caption<TAB>split -> Pairs.
 
     An image may stand in several lines. Those without a split are sorted, shuffled with random.seed(2) and
-    dealt out: a tenth, at least one, to val and test each, the rest (or one or two in all) to train. A header
-    and quoted fields are read as spreadsheets write them.
+    dealt out: a tenth, at least one, to val and test each, the rest to train; of one or two images all go to
+    train. A header and quoted fields are read as spreadsheets write them.
     """
     file, rows = Path(root) / "captions.tsv", []
     header = ("image", "img", "image_path", "file", "filename", "file_name", "filepath", "file_path", "path")
@@ -208,6 +208,9 @@ def read_folder(root, split):
 
 
 # -------------------------------------------------------------------------------- images
+
+CACHE_VERSION = "upright"       # another word whenever `decode` gives other pixels
+
 
 def some(items):
     """The first twenty items in words, and how many more there are."""
@@ -235,7 +238,8 @@ def is_blank(pixels):
 def read_images(paths, size, cache):
     """Images -> (uint8 (N, 3, H, W), mapped from a file in `cache`, {path: reason} of bad ones left out).
 
-    The file is made if it is not there or not whole, with bad images anew each time. None without a good one.
+    A file without the bad images is shorter than expected, and so it is made again, and they are named again,
+    each time. (None, bad) if all are bad.
     """
     def attempt(path):
         try:
@@ -245,7 +249,7 @@ def read_images(paths, size, cache):
 
     H, W = (size, size) if isinstance(size, int) else size
     states = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.isfile(path)]
-    marks = ["upright", size] + [(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    marks = [CACHE_VERSION, size] + [(path, state.st_size, state.st_mtime_ns) for path, state in states]
     file, bad = Path(cache) / (hashlib.sha256(repr(marks).encode()).hexdigest()[:20] + ".uint8"), {}
     if not file.is_file() or file.stat().st_size != len(paths) * 3 * H * W:
         os.makedirs(cache, exist_ok=True)
@@ -284,7 +288,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        part = without(part, bad={})
+        part = without(part, bad={})        # keeps the order: row n of the array is image n of the split
         images[split], bad_here = read_images(part.images, size, cache)
         caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
         bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}
@@ -310,12 +314,13 @@ def erase(images):
     """Half of the images (B, 3, H, W) lose a box of 2 to 40 % of their area to CLIP's mean colour."""
     B, _, H, W = images.shape
     area, aspect = 0.02 + 0.38 * torch.rand(B, 1, 1), 0.3 * 11 ** torch.rand(B, 1, 1)   # height / width
-    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: it redraws a long box
+    # so that h <= H and w <= W. differs from IRRA: it draws such a box anew
+    aspect = aspect.clamp(area * H / W, H / W / area)
     h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)        # box: (B, H, W)
     box = (y >= top) & (y < top + h) & (x >= left) & (x < left + w) & (torch.rand(B, 1, 1) < 0.5)
-    # differs from IRRA: the box is 0 once normalised, there it is MEAN after normalising
+    # differs from IRRA: it fills the box with MEAN after normalising; here it is 0 then
     mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)
     return torch.where(box[:, None].to(images.device), mean.to(images), images)
 
@@ -325,8 +330,8 @@ def augment(images, kind):
 
     "crop": a window of 60 to 100 % of the area; "aerial": that, mirrored and turned by a multiple of 90
     degrees (the ground has no up); "people": mirrored, moved by up to 10 pixels with black beyond the edge,
-    half of them erased in part. All but erasing is one affine map; mirrors, shifts and, of squares, turns
-    are exact.
+    half of them erased in part. All but erasing is one affine map; mirrors, shifts and the turns of square
+    images are exact.
     """
     if kind == "none":
         return images
@@ -342,6 +347,7 @@ def augment(images, kind):
         flip = torch.randint(0, 2, (B,)) * 2.0 - 1
     if kind == "aerial":
         turn = torch.randint(0, 4, (B,)) * torch.pi / 2
+    # (x, y) of the result shows the place theta (x, y, 1) of the image: zoom, rotation, mirror | shift
     cos, sin = (zoom * turn.cos()).round(decimals=6), (zoom * turn.sin()).round(decimals=6)
     theta = torch.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], dim=1).view(B, 2, 3)
     grid = F.affine_grid(theta.to(images), images.shape, align_corners=False)
@@ -368,7 +374,7 @@ def plan_batches(pairs, over, batch_size, epochs, seed, world=1):
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             batch = batch[:len(batch) // world * world]
-            if len(batch) >= 2:
+            if len(batch) >= 2:         # differs from the papers, whose last batch may be one pair
                 plan.append(batch)
     return plan
 
@@ -388,7 +394,7 @@ def batches(pairs, images, tokens, plan, rank=0, world=1):
 
 DYES = {"red": (205, 45, 45), "orange": (240, 140, 40), "yellow": (245, 215, 60), "green": (50, 140, 60),
         "blue": (50, 95, 200), "purple": (130, 65, 165), "white": (245, 245, 245), "black": (40, 40, 45)}
-PAINTS = DYES | {"glass": (120, 170, 200), "pale": (240, 205, 180), "tan": (170, 115, 75)}     # not told
+PAINTS = DYES | {"glass": (120, 170, 200), "pale": (240, 205, 180), "tan": (170, 115, 75)}
 LANDS = {"green grass": (115, 170, 85), "brown field": (160, 122, 84), "yellow sand": (230, 208, 145),
          "white snow": (228, 234, 242), "grey concrete": (165, 165, 162), "blue water": (75, 140, 195)}
 PLACES = [["at the left", "in the middle", "at the right"], ["at the top", "in the middle", "at the bottom"]]
@@ -456,13 +462,14 @@ def photograph(rng, size, ground, wall, horizon, stamps, haze):
 
 def draw_scene(rng, view, size=80):
     """Two groups of things on a land, seen from the "side" or from "above" -> (image, five captions)."""
-    land, axis, stamps, few, coloured, places = rng.choice(list(LANDS)), rng.integers(2), [], [], [], []
+    land, axis = rng.choice(list(LANDS)), rng.integers(2)       # axis: side by side, or one above the other
+    stamps, plain, coloured, places = [], [], [], []            # plain: "two cars", coloured: "two red cars"
     for place in rng.permutation(3)[:2]:
         noun = "boat" if land == "blue water" else rng.choice(["plane", "car", "house", "tree", "tank"])
         colour = rng.choice([dye for dye in DYES if dye not in land])
         count = rng.integers(1, 4)
         number = ["a {}", "two {}s", "three {}s"][count - 1]
-        few.append(number.format(noun))
+        plain.append(number.format(noun))
         coloured.append(number.format(f"{colour} {noun}").replace("a orange", "an orange"))
         places.append(PLACES[axis][place])
         for n in range(count):
@@ -478,14 +485,15 @@ def draw_scene(rng, view, size=80):
     image = photograph(rng, (size, size), LANDS[land], (190, 215, 240), horizon, stamps, rng.uniform(0, 0.3))
     captions = [f"{coloured[0]} {places[0]} and {coloured[1]} {places[1]}",
                 f"{coloured[1]} and {coloured[0]} on the {land}",
-                f"the {land} with {few[0]} {places[0]} and {coloured[1]}",
-                f"{few[1]} {places[1]} of the {land} and {few[0]} {places[0]}",
-                f"a photo of {few[1]} {places[1]} and {coloured[0]}"]
+                f"the {land} with {plain[0]} {places[0]} and {coloured[1]}",
+                f"{plain[1]} {places[1]} of the {land} and {plain[0]} {places[0]}",
+                f"a photo of {plain[1]} {places[1]} and {coloured[0]}"]
     return image, [captions[n] for n in rng.permutation(5)]
 
 
 def draw_person(rng, looks, view):
-    """Somebody for a "portrait" or a "camera" -> (image, captions). looks: the generator of what stays."""
+    """Somebody for a "portrait" or a "camera" -> (image, captions). looks: the generator of the clothes, the
+    same for all images of a person."""
     person = dict(zip(CLOTHES, looks.choice(list(DYES), len(CLOTHES))))
     person["skin"] = looks.choice(["pale", "tan"])
     order, haze, count = list(CLOTHES), 0, 5
@@ -552,7 +560,7 @@ def read(dataset, root, split):
 
 
 def read_splits(dataset, root):
-    """(train and, where the data set has them, val and test as {split: Pairs}, notes on what it lacks)."""
+    """({split: Pairs}, notes) of a data set: train, val and test, with a note for each that it lacks."""
     pairs, notes = {"train": read(dataset, root, "train")}, []
     lacks = {"val": "the last epoch is taken", "test": "the figures are of val, which chose the epoch"}
     for split, note in lacks.items():

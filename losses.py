@@ -1,8 +1,8 @@
 """The losses: contrastive (CLIP), HMMC (arXiv 2308.12509), SDM and ID (for arXiv 2401.02173).
 
 Pure functions on features. Rows are pairs: row i of the image features belongs to row i of the text features.
-Each function can be copied alone with the few lines of helpers above it; torch is all it needs. Similarities
-are cosines. Half-precision features are taken to float32 before they are compared.
+Each function can be copied with the few lines that it calls; torch is all it needs. Similarities are cosines.
+Half-precision features are taken to float32 before they are compared.
 
 No loss clamps the temperature. In float32 exp(log 100) is 100.0000076, more than 100, so a clamp at 100
 inside a loss would have gradient 0 there for ever: a scale at its bound could never fall again. Instead
@@ -74,7 +74,7 @@ def hmmc_loss(image, text, image2, text2, margin=0.2, same=None):
     image, text (B, D): features V, T. image2, text2 (B, D): V', T', the same pairs encoded a second time with
     dropout on the tokens. margin is in units of the cosine. The loss is a SUM over the batch: 6 B margin at
     equal similarities (B > 1), 0 when every positive beats every negative by the margin.
-    same (B, B) bool, optional: pairs that share their image or their caption, and so are no negatives.
+    same (B, B) bool, optional: pairs that share image, person or caption, and so are no negatives.
     parts: the three detached terms "image-text", "image-image", "text-text".
     """
     # differs from PE-RSITR: the mask `same` is ours; without it this is the paper's loss

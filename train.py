@@ -38,8 +38,8 @@ FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # sizes without weights: BPE mer
 VIEW_DROPOUT = 0.2      # on the tokens of HMMC's second view (PE-RSITR); --dropout is the adapter's own
 SDM_SCALE = 50.0        # 1 / temperature of SDM (IRRA)
 CHECKPOINT_SECONDS = 600
-SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")    # of a method
-FROM_INIT = ("model", "image_size", "activation", "method", *SIZES)     # settings that --init brings
+METHOD_SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")
+FROM_INIT = ("model", "image_size", "activation", "method", *METHOD_SIZES)      # settings that --init brings
 MAY_CHANGE = ("resume", "out", "data_root", "device", "precision", "grad_checkpointing")    # at --resume
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's processes
 
@@ -47,7 +47,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ------------------------------------------------------------------------------------------- 1. settings
 
 PE_RSITR = dict(model="ViT-B/32", method="mrs", train="method", loss="hmmc", epochs=30, batch_size=16,
-                lr=2e-4, schedule="step", warmup=0.0, weight_decay=0.0, epoch_over="captions", augment="none")
+                lr=2e-4, schedule="step", warmup=0.0, weight_decay=0.0, epoch_over="captions", augment="none",
+                margin=0.2, seed=0)
 SCRATCH = dict(method="none", train="all", loss="contrastive", epochs=20, batch_size=128, lr=1e-3,
                schedule="cosine", warmup=1.0, weight_decay=0.1, epoch_over="images")
 PEOPLE = dict(model="ViT-B/16", image_size=(384, 128), method="prompts", loss="sdm", augment="people",
@@ -61,7 +62,7 @@ RECIPES = {     # for (kind of data, whether CLIP itself learns), over PE_RSITR
     ("people", True): PEOPLE | dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0),     # IRRA's, for stage 2
     ("toy-retrieval", False): TOY | dict(loss="hmmc-softmax", lr=5e-3),
     ("toy-retrieval", True): TOY | dict(loss="contrastive", lr=5e-4),
-    ("toy-people", False): TOY_PEOPLE | dict(loss="contrastive", lr=3e-3),  # SDM collapses on the tiny CLIP
+    ("toy-people", False): TOY_PEOPLE | dict(loss="contrastive", lr=3e-3),  # SDM collapses here
     ("toy-people", True): TOY_PEOPLE | dict(loss="sdm+id", lr=3e-4)}
 
 
@@ -80,16 +81,16 @@ def recipe(args):
 
 
 def make_parser():
-    """Every flag. Those without a default are filled by `recipe`, and the run prints what it took."""
+    """Every flag. None is a flag that was not given: `recipe` fills it, and the run prints what it took."""
     parser = argparse.ArgumentParser(description=__doc__, usage="python train.py [--flag value] ...",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")
     flag = parser.add_argument
-    flag("--dataset", default="toy-aerial", choices=data.DATASETS, help="(default: toy-aerial)")
+    flag("--dataset", choices=data.DATASETS, help="(default: toy-aerial)")
     flag("--data-root", type=os.path.abspath, help="its folder; the toy worlds are drawn there")
     flag("--epoch-over", choices=("captions", "images"), help="images: each once, with one of its captions")
     flag("--augment", choices=data.AUGMENTATIONS, help="for photos, for the ground from above, for people")
-    flag("--skip-bad", action="store_true", help="go on without the images that cannot be read")
+    flag("--skip-bad", action="store_true", default=None, help="go on without the images that cannot be read")
     flag("--model", help="published name, weight file or folder, run; tiny, small: from scratch")
     flag("--init", type=os.path.abspath, metavar="RUN", help="go on from a run's model and method: stage 2")
     flag("--image-size", type=int, nargs="+", metavar="PX", help="pixels, or height and width")
@@ -104,18 +105,18 @@ def make_parser():
     flag("--shared", action="store_true", default=None, help="one adapter for all blocks")
     flag("--per-block", action="store_false", default=None, dest="shared", help="one for each block")
     flag("--loss", choices=("hmmc", "hmmc-softmax", "contrastive", "sdm", "sdm+id"), help="sdm: with ids")
-    flag("--margin", type=float, default=0.2, help="of hmmc; 0.05-0.3, lower if the loss stays up")
-    flag("--mask-same", action="store_true", help="an equal image, caption or person is no negative")
+    flag("--margin", type=float, help="of hmmc; 0.05-0.3, lower if the loss stays up")
+    flag("--mask-same", action="store_true", default=None, help="equal image, caption, person: no negative")
     flag("--epochs", type=int, help="passes over the data; 10-30")
     flag("--batch-size", type=int, help="pairs, over all processes; softmax losses gain up to 512 and more")
     flag("--lr", type=float, help="adapters 1e-4 to 1e-2, CLIP 1e-6 to 1e-5; a third if the loss jumps")
     flag("--schedule", choices=("step", "cosine"), help="step: x 0.7 after 19 epochs; cosine: to 0")
     flag("--warmup", type=float, help="epochs of linear warm-up; 1 for training from scratch")
     flag("--weight-decay", type=float, help="decoupled, on matrices only; 0.1 from scratch")
-    flag("--grad-checkpointing", action="store_true", help="less memory, one more forward, same gradient")
+    flag("--grad-checkpointing", action="store_true", default=None, help="less memory, one more forward")
     flag("--out", help="folder of the run; by default a new one under runs/")
-    flag("--resume", action="store_true", help="go on with the run in --out, with its own settings")
-    flag("--seed", type=int, default=0, help="of everything random (default: 0)")
+    flag("--resume", action="store_true", default=None, help="go on with the run in --out")
+    flag("--seed", type=int, help="of everything random (default: 0)")
     flag("--precision", choices=("bf16", "fp32"), help="by default bf16 where it is fast")
     flag("--device", choices=eval.DEVICES, help="by default cuda if there is one, else cpu")
     return parser
@@ -123,9 +124,9 @@ def make_parser():
 
 def parse(argv):
     """Settings from the command line: the flags given, the rest from an earlier run or from the recipe."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    args = make_parser().parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args.dataset = args.dataset or "toy-aerial"
     earlier = {}                                        # settings that an earlier run brings
     if args.resume:
         last = Path(args.out or "") / "last.pt"
@@ -138,17 +139,14 @@ def parse(argv):
             raise ValueError(f"--init {args.init} is no run; weights go to --model")
         earlier = {name: settings.get(name) for name in FROM_INIT}
         if settings["train"] != "method":
-            earlier["model"] = args.init                # its CLIP has learned
+            earlier["model"] = args.init                # its CLIP has learned, and lies in the run
         elif args.model:
-            del earlier["model"]                        # where its CLIP is now
+            del earlier["model"]                        # --model says where the CLIP it was added to is now
     for name in given:
         if name in earlier and name not in MAY_CHANGE:
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
                              "leave the flag out")
-    values = recipe(args) | earlier
-    for name, value in values.items():
-        if name not in given:
-            setattr(args, name, value)
+    vars(args).update(recipe(args) | earlier | given)
     if args.resume:
         return args                                     # checked when it began
     if isinstance(args.image_size, list):
@@ -156,7 +154,7 @@ def parse(argv):
             raise ValueError(f"--image-size {args.image_size}: give pixels, or height and width")
         args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
     if os.path.exists(args.model):
-        args.model = os.path.abspath(args.model)        # as all paths: a run is used from other folders too
+        args.model = os.path.abspath(args.model)        # a run may be used from another folder later
     limits = dict(epochs=1, batch_size=2 * WORLD, lr=1e-12, margin=1e-6, warmup=0, weight_decay=0, seed=0)
     for name, least in limits.items():
         if not least <= getattr(args, name) < 2 ** 31:      # true of NaN too
@@ -167,6 +165,8 @@ def parse(argv):
     if args.train == "backbone" and args.method != "none" and not args.init:
         raise ValueError(f"--train backbone would fix {args.method} as it starts, at random: give --init RUN "
                          "in which it learned (stage 2), or --train all to train both at once")
+    if args.mask_same and args.loss.startswith("sdm"):
+        raise ValueError(f"--mask-same changes nothing in --loss {args.loss}, which knows the persons")
     if args.out is None:
         stem = f"runs/{args.dataset}-{args.method if args.train == 'method' else args.train}"
         args.out, number = stem, 1
@@ -186,30 +186,34 @@ def encode(tower, inputs, views):
     x = tower.embed(inputs)                                                             # (B, L, C)
     if views == 2:
         x = torch.cat([x, F.dropout(x, VIEW_DROPOUT)])                                  # (2B, L, C)
+    # pool needs the inputs, to find each caption's EOT: so once for each view
     pooled = [tower.pool(view, inputs) for view in tower.transformer(x).chunk(views)]
     return tower.head(torch.cat(pooled)).float().chunk(views)                           # views x (B, D)
 
 
 def compute_loss(args, image, text, scale, same, person, classifier):
-    """Loss of the whole batch and its parts; image and text are the views that `encode` gave."""
+    """Loss of the whole batch and its parts; image and text: a tensor (B, D) for each view."""
     if args.loss == "hmmc":
         return losses.hmmc_loss(image[0], text[0], image[1], text[1], args.margin, same)
     if args.loss == "hmmc-softmax":
         return losses.hmmc_softmax_loss(image[0], text[0], image[1], text[1], scale, same)
     if args.loss == "contrastive":
         return losses.contrastive_loss(image[0], text[0], scale, same), {}
-    # differs from IRRA: a CLIP whose own scale is below 50 (trained briefly) keeps that, or SDM collapses
+    # differs from IRRA: where CLIP's own scale is below 50 (it was trained briefly), that one is used
     parts = {"sdm": losses.sdm_loss(image[0], text[0], person, scale.detach().clamp(max=SDM_SCALE))}
     if args.loss == "sdm+id":
         parts["id"] = losses.id_loss(image[0], text[0], person, classifier)
     return losses.summed(parts)
 
 
-def choose_what_learns(model, what):
-    """Set requires_grad. "method": the method's parameters; "backbone": all but them; "all": every one."""
+def choose_what_learns(model, train, loss):
+    """Set requires_grad. train "method": the method's parameters; "backbone": all but them; "all": every one.
+    Where CLIP learns, its temperature does only under a softmax loss: the others have none or a fixed one."""
     for name, parameter in model.named_parameters():
         of_method = name in model.method_parameters
-        learns = {"method": of_method, "backbone": not of_method, "all": True}[what]
+        learns = {"method": of_method, "backbone": not of_method, "all": True}[train]
+        if name == "logit_scale" and loss not in ("contrastive", "hmmc-softmax"):
+            learns = False
         parameter.requires_grad_(learns)
 
 
@@ -218,8 +222,8 @@ def make_optimizer(learned, args):
     (IRRA's recipe), biases have twice the rate and the new classifier five times."""
     groups = {}
     for name, parameter in learned.items():
-        decay = args.weight_decay if parameter.ndim >= 2 else 0.0       # differs from IRRA: decoupled decay
-        factor = 1
+        # differs from IRRA: decoupled decay, and none on the weights of LayerNorms
+        decay, factor = args.weight_decay if parameter.ndim >= 2 else 0.0, 1
         if args.loss.startswith("sdm") and args.train != "method":
             if name.startswith("classifier"):
                 factor = 5
@@ -234,7 +238,7 @@ def learning_rate(args, step, steps_per_epoch):
     """Learning rate of one step: linear warm-up, then the schedule."""
     total = args.epochs * steps_per_epoch
     warmup = min(args.warmup * steps_per_epoch, total)
-    if step < warmup:
+    if step < warmup:       # differs from IRRA: step by step from 0, there epoch by epoch from a tenth
         return args.lr * (step + 1) / warmup
     if args.schedule == "step":
         return 0.7 * args.lr if step >= 19 * steps_per_epoch else args.lr
@@ -252,8 +256,8 @@ def fast_bf16(device):
 
 
 def hold_frozen_in_bf16(model):
-    """Cast CLIP's frozen matrices once, not by autocast at every step; the result is the same. Float32 stay
-    the embeddings, which autocast leaves alone, and the method's own, which are saved."""
+    """Cast CLIP's frozen matrices once, not by autocast at every step; the result is the same.
+    Embeddings, which autocast leaves alone, and the method's own, which are saved, stay in float32."""
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and "embedding" not in name
         if matrix and not parameter.requires_grad and name not in model.method_parameters:
@@ -282,8 +286,9 @@ def start_processes(device):
 def gather(x):
     """The rows of this process (B / WORLD, ...) -> those of all (B, ...), with gradients to its own rows.
 
-    Each process computes the loss of the whole batch, and the gradients of the parameters are averaged after
-    it. So the gradient that flows through a process's own rows must count WORLD times.
+    Each process computes the loss of the whole batch, but has gradients through its own rows alone. A sum
+    over processes would be right for the towers, yet WORLD times too much for the temperature and the
+    classifier, which each process sees whole. So the mean is taken, and rows count WORLD times.
     """
     if WORLD == 1:
         return x
@@ -299,13 +304,15 @@ def gather(x):
 
 def load_start(args):
     """What a run starts from: plain CLIP, or the run in --init, whose CLIP may have been moved to --model."""
-    weights = args.model if args.init and args.model != args.init else None
-    return eval.load_model(args.init or args.model, args.device, args.image_size, args.activation, weights)
+    if not args.init:
+        return eval.load_model(args.model, args.device, args.image_size, args.activation)
+    weights = args.model if args.model != args.init else None       # None: the run has its own CLIP
+    return eval.load_model(args.init, args.device, args.image_size, args.activation, weights)
 
 
 def build(args, captions):
     """The model with its method, its tokenizer, and the fingerprint of CLIP without the method."""
-    start = {}
+    start_settings = {}
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
         config = dataclasses.replace(clip.SIZES[args.model], vocab_size=tokenizer.vocab_size)
@@ -313,12 +320,13 @@ def build(args, captions):
         config.image_size = args.image_size or config.image_size
         model = clip.CLIP(config).to(args.device)
     else:
-        model, tokenizer, start = load_start(args)
-    fingerprint = start.get("fingerprint") or eval.fingerprint(model)
-    args.sizes = {name: getattr(args, name) for name in SIZES}
+        model, tokenizer, start_settings = load_start(args)
+    fingerprint = start_settings.get("fingerprint") or eval.fingerprint(model)
+    args.sizes = {name: getattr(args, name) for name in METHOD_SIZES}       # eval.load_model needs them again
     if not args.init:
-        if start.get("method", "none") != "none":
-            raise ValueError(f"--model {args.model} is a run with {start['method']}: take --init for it")
+        method = start_settings.get("method", "none")
+        if method != "none":
+            raise ValueError(f"--model {args.model} is a run with {method}: take --init for it")
         adapters.add_method(model, args.method, **args.sizes)
     for module in model.modules():
         if isinstance(module, clip.Transformer):
@@ -342,7 +350,7 @@ def train(args):
     # data and model; process 0 goes first, so that it alone downloads, draws and fills the image cache
     if RANK > 0:
         dist.barrier()
-    pairs, notes = data.read_splits(args.dataset, args.data_root)
+    pairs, notes = data.read_splits(args.dataset, args.data_root)       # {"train": Pairs, "val": ...}
     if args.loss.startswith("sdm") and pairs["train"].ids is None:
         raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none")
     model, tokenizer, fingerprint = build(args, pairs["train"].captions)
@@ -354,26 +362,24 @@ def train(args):
     tokens = tokenizer(pairs["train"].captions, model.config.context_length)    # (captions, L)
     plan = data.plan_batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed, WORLD)
     if not plan:
-        raise ValueError(f"{len(tokens)} captions of {len(pairs['train'].images)} images give no batch: two or "
-                         f"more pairs for each of {WORLD} processes are needed")
+        raise ValueError(f"{len(tokens)} captions of {len(images['train'])} images are too few to train on: "
+                         f"a batch needs two pairs for each of the {WORLD} processes")
     _, text_ids = tokens.unique(dim=0, return_inverse=True)             # equal captions share a number
-    person_ids = torch.tensor(pairs["train"].image_of_caption)          # without persons, that of the image
+    group_ids = torch.tensor(pairs["train"].image_of_caption)           # those of one image share a number
     if pairs["train"].ids:
-        person_ids = torch.tensor(pairs["train"].ids)[person_ids]
+        group_ids = torch.tensor(pairs["train"].ids)[group_ids]         # those of one person
     counts = ", ".join(f"{len(part.images)} {split}" for split, part in pairs.items())
     tqdm.write(f"data    {args.dataset}: {counts} images, {len(tokens)} train captions")
 
     # what learns
-    choose_what_learns(model, args.train)
-    if args.loss not in ("contrastive", "hmmc-softmax"):
-        model.logit_scale.requires_grad_(False)                         # no other loss learns it
+    choose_what_learns(model, args.train, args.loss)
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     args.trained_parameters = sum(p.numel() for p in learned.values())
     args.total_parameters = sum(p.numel() for p in model.parameters())
     classifier = None
-    if args.loss == "sdm+id":                       # on features that are not normalised, as IRRA's
+    if args.loss == "sdm+id":       # learns too, is no part of the model, and is left behind after training
         width = eval.encode_texts(model, tokens[:1]).shape[1]
-        classifier = nn.Linear(width, int(person_ids.max()) + 1, device=args.device)
+        classifier = nn.Linear(width, int(group_ids.max()) + 1, device=args.device)
         nn.init.normal_(classifier.weight, std=0.001)
         nn.init.zeros_(classifier.bias)
         learned |= {f"classifier.{name}": p for name, p in classifier.named_parameters()}
@@ -395,7 +401,7 @@ def train(args):
         step, history, sums = last["step"], last["history"], last["sums"]
         tqdm.write(f"resume  in epoch {step // steps + 1}, after step {step}")
     out.mkdir(parents=True, exist_ok=True)
-    settings = ", ".join(f"{name} {getattr(args, name)}" for name in [*PE_RSITR, "seed"])
+    settings = ", ".join(f"{name} {getattr(args, name)}" for name in PE_RSITR)
     tqdm.write(f"run     {out}: {settings}; {steps} steps an epoch")
     if args.model in FROM_SCRATCH and len(plan) < 500:
         notes.append(f"{len(plan)} steps from scratch teach little, 500 or more are needed")
@@ -405,26 +411,26 @@ def train(args):
     # the loop
     views = 2 if args.loss.startswith("hmmc") else 1
     saved_at = time.time()
-    batches = data.batches(pairs["train"], images["train"], tokens, plan[step:], RANK, WORLD)
+    loader = data.batches(pairs["train"], images["train"], tokens, plan[step:], RANK, WORLD)
     model.train()
-    for pixels, captions, numbers in tqdm(batches, "step", len(plan), initial=step, leave=False,
+    for pixels, texts, numbers in tqdm(loader, "step", len(plan), initial=step, leave=False,
                                        disable=True if RANK > 0 else None):
         torch.manual_seed(args.seed * 2 ** 32 + RANK * 2 ** 24 + step)
         lr = learning_rate(args, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         pixels = clip.normalize(data.augment(pixels.to(args.device).float(), args.augment))   # (B, 3, H, W)
-        captions = captions.to(args.device)                                                   # (B, L)
+        texts = texts.to(args.device)                                                         # (B, L)
         with eval.autocast(args.device, args.precision):
             image = encode(model.visual, pixels, views)                                       # views x (B, D)
-            text = encode(model.text, captions, views)
+            text = encode(model.text, texts, views)
         image, text = [gather(view) for view in image], [gather(view) for view in text]
         numbers = gather(numbers.to(args.device)).cpu()                             # (B,) numbers of captions
-        person, caption = person_ids[numbers].to(args.device), text_ids[numbers].to(args.device)
+        group, text_id = group_ids[numbers].to(args.device), text_ids[numbers].to(args.device)
         same = None
         if args.mask_same:
-            same = (person[:, None] == person) | (caption[:, None] == caption)                # (B, B)
-        loss, parts = compute_loss(args, image, text, model.logit_scale.exp(), same, person, classifier)
+            same = (group[:, None] == group) | (text_id[:, None] == text_id)                  # (B, B)
+        loss, parts = compute_loss(args, image, text, model.logit_scale.exp(), same, group, classifier)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for p in learned.values() if p.grad is not None]
@@ -456,7 +462,7 @@ def train(args):
                 shown.append(score)
             history.append(row)
             if RANK == 0 and best:
-                # trained: the method's tensors, also where they are fixed (stage 2)
+                # trained: the tensors of the method, also in stage 2, where they are fixed
                 content = dict(settings=vars(args), trained=adapters.trainable_state(model), epoch=epoch,
                                merges=tokenizer.merges, activation=args.activation, fingerprint=fingerprint)
                 if args.train != "method":          # CLIP's own weights only if they learned
@@ -465,7 +471,7 @@ def train(args):
             terms = "  ".join(f"{name} {row[name]:.3f}" for name in shown)
             tqdm.write(f"epoch {epoch:3d}/{args.epochs}  lr {lr:.1e}  {terms}{'*' if best else ' '}  "
                        f"{tqdm.format_interval(time.time() - began)}")
-            equal = 6 * args.margin * sum(map(len, plan)) / len(plan)
+            equal = 6 * args.margin * sum(map(len, plan)) / len(plan)       # 6 margin B, B of the mean batch
             if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / equal - 1) < 0.02:
                 tqdm.write(f"note    {equal:.1f} is the loss when all similarities are equal; if it stays "
                            "there, lower --margin or take --loss hmmc-softmax")
@@ -480,28 +486,28 @@ def train(args):
 
 
 def test(args, pairs, images, history, seconds):
-    """The test set, touched once: chance, what the run started from, and best.pt -> rows of its table."""
+    """The test split, once training is over: chance, what the run started from, best.pt -> rows of its table.
+    seconds: what it took, since the last --resume."""
     split = "test" if "test" in pairs else "val"
-    rows = [("chance", None, None, eval.chance(pairs[split]))]
-    for which in ("start", "run"):
-        if which == "start" and args.model in FROM_SCRATCH:
-            continue
-        loaded = load_start(args) if which == "start" else eval.load_model(args.out, args.device)
-        model, tokenizer, settings = loaded
-        name, trained = eval.label(settings), settings.get("trained_parameters", 0)
-        if which == "start":
-            name = f"before: {name}"
-            if not args.init and settings.get("dataset") != args.dataset:   # weights, or a run on other data
-                name, trained = "zero-shot", 0
+    rows, total = [("chance", None, None, eval.chance(pairs[split]))], args.total_parameters
+    if args.model not in FROM_SCRATCH:
+        model, tokenizer, settings = load_start(args)
+        name, trained = f"before: {eval.label(settings)}", settings.get("trained_parameters", 0)
+        if not args.init and settings.get("dataset") != args.dataset:       # weights, or a run on other data
+            name, trained = "zero-shot", 0
         metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
-        rows.append((name, trained, 100 * trained / args.total_parameters, metrics))
+        rows.append((name, trained, 100 * trained / total, metrics))
+    model, tokenizer, settings = eval.load_model(args.out, args.device)
+    metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
+    trained = args.trained_parameters
+    rows.append((eval.label(settings), trained, 100 * trained / total, metrics))
     tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, epoch {settings['epoch']}, "
                f"{tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"
                f"curve: {args.out}/curve.png; next: python eval.py {args.out} --split {split}")
     eval.plot_curve(history, Path(args.out) / "curve.png")
     memory = torch.cuda.max_memory_allocated() / 2 ** 30            # 0 without a GPU
     content = dict(settings=vars(args), split=split, minutes=seconds / 60, memory_gb=memory,
-                   total_parameters=args.total_parameters, rows=rows, history=history)
+                   total_parameters=total, rows=rows, history=history)
     (Path(args.out) / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return rows
 
@@ -545,7 +551,7 @@ def main(argv):
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; --resume --out RUN goes on from the run's last checkpoint", file=sys.stderr)
+        print("\nstopped; --resume --out RUN goes on from last.pt, if the run has one yet", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -194,8 +194,8 @@ def ia3_block(x, w):
 
 def ssf_block(x, w):
     """gamma (W x + b) + beta is a layer with the weight gamma W and the bias gamma b + beta."""
-    folded, layers = dict(w), {"ln_1": "ln_1.", "qkv": "attn.in_proj_", "attn": "attn.out_proj.",
-                               "ln_2": "ln_2.", "c_fc": "mlp.c_fc.", "c_proj": "mlp.c_proj."}
+    folded, layers = dict(w), {"on_ln_1": "ln_1.", "on_qkv": "attn.in_proj_", "on_attn": "attn.out_proj.",
+                               "on_ln_2": "ln_2.", "on_c_fc": "mlp.c_fc.", "on_mlp": "mlp.c_proj."}
     for part, layer in layers.items():
         gamma = w[f"{part}.gamma"]
         folded[f"{layer}weight"] = torch.einsum("i,i...->i...", gamma, w[f"{layer}weight"])

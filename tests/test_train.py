@@ -172,7 +172,7 @@ def test_stage_2_in_bf16_keeps_the_bits_of_what_is_fixed_and_of_what_is_saved(me
     model = tiny_clip()
     adapters.add_method(model, method)
     before = adapters.trainable_state(model)
-    train.choose_what_learns(model, "backbone")
+    train.choose_what_learns(model, "backbone", "contrastive")
     train.hold_frozen_in_bf16(model)
     after = adapters.trainable_state(model)
     for name, value in before.items():
@@ -198,7 +198,7 @@ def test_what_learns(what):
     model = tiny_clip()
     own = {name for name, _ in model.named_parameters()}
     adapters.add_method(model, "prompts")
-    train.choose_what_learns(model, what)
+    train.choose_what_learns(model, what, "contrastive")
     learns = {name.replace("inner.", "") for name, p in model.named_parameters() if p.requires_grad}
     added = {name.replace("inner.", "") for name in adapters.trainable_state(model)}
     assert learns == {"method": added, "backbone": own, "all": own | added}[what]
@@ -376,6 +376,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
     (["--warmup", "-1"], "--warmup -1.0: 0 or more"),
     (["--image-size", "0"], "--image-size [0]"),
     (["--loss", "sdm"], "needs person ids"),
+    (["--loss", "sdm", "--mask-same"], "--mask-same changes nothing"),
     (["--loss", "hinge"], "invalid choice"),
     (["--model", "nothing.pt"], "nothing.pt"),
     (["--model", "tiny", "--train", "method"], "a method needs a trained CLIP"),
@@ -393,6 +394,7 @@ def test_mistakes_with_folders_of_runs(world, people, tmp_path, capsys):
     assert "already holds a run" in error_of(capsys, *flags, "--out", folder / "scratch")
     assert "there is no" in error_of(capsys, "--resume", "--out", folder / "scrach")
     assert "has 0.001, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--lr", "1")
+    assert "has 0, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--seed", "0")
     assert "--method" in error_of(capsys, *people[1], "--init", people[0] / "stage1", "--method", "mrs")
     run(*people[2], "--out", tmp_path / "prompts", "--train", "all", "--method", "prompts")
     assert "take --init for it" in error_of(capsys, *flags[:-1], tmp_path / "prompts")
