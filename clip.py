@@ -569,13 +569,15 @@ def activation_beside(path, config, given):
         "model_cfg.text_cfg.pool_type": "argmax", "preprocess_cfg.interpolation": "bicubic",
         "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD), "do_normalize": True,
         "image_mean": list(MEAN), "image_std": list(STD), "preprocess_cfg.resize_mode": "shortest",
+        "resample": 3, "rescale_factor": 1 / 255, "do_center_crop": True,       # 3: Pillow's bicubic
     }
     stated = {}
-    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
+    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"):
         file = path.with_name(name)
         if file.is_file():
             with loading(file):
-                stated.update(flatten(json.loads(file.read_text(encoding="utf-8"))))
+                settings = json.loads(file.read_text(encoding="utf-8"))
+                stated.update(flatten(settings | settings.get("image_processor", {})))
     for field, value in supported.items():
         if stated.get(field) not in (None, value):
             raise ValueError(f"a .json beside it says {field} {stated[field]!r}: only {value!r} is supported")
