@@ -198,7 +198,7 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def load_model(name, device="cpu", image_size=None, activation=None, weights=None):
+def load_run(name, device="cpu", image_size=None, activation=None, weights=None):
     """A run of train.py at its best epoch, or plain CLIP -> (model, tokenizer, settings).
 
     name: a run's folder or best.pt, or what clip.load_clip takes. image_size, activation: other than its own.
@@ -228,9 +228,6 @@ def load_model(name, device="cpu", image_size=None, activation=None, weights=Non
         adapters.add_method(model, settings["method"], **settings["sizes"])
         adapters.load_trainable(model, saved["trained"])
     return model.to(device).eval(), tokenizer, settings
-
-
-load_run = load_model           # a run and plain CLIP are loaded alike
 
 
 def label(settings):
@@ -402,6 +399,8 @@ def parse(argv):
     flag("--cache", default="runs/cache", metavar="DIR", help="of images and features (default: %(default)s)")
     flag("--device", choices=DEVICES, default="cuda" if "cuda" in DEVICES else "cpu")
     args = parser.parse_args(argv)
+    if args.top < 1:
+        parser.error(f"--top {args.top}: 1 or more is needed")
     if (args.gallery or args.query is not None) and not (args.query or "").strip():
         parser.error("a search needs words: --query TEXT, alone or with --gallery DIR")
     return args
@@ -427,8 +426,9 @@ def main(argv=None):
     args = parse(argv)
     try:
         if args.table:
-            return print(run_tables(args.table))
-        model, tokenizer, settings = load_model(args.run, args.device, None, args.activation, args.model)
+            print(run_tables(args.table))
+            return
+        model, tokenizer, settings = load_run(args.run, args.device, None, args.activation, args.model)
         if args.dataset is None:
             args.dataset = settings.get("dataset")
             args.data_root = args.data_root or settings.get("data_root")

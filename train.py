@@ -305,9 +305,9 @@ def gather(x):
 def load_start(args):
     """What a run starts from: plain CLIP, or the run in --init, whose CLIP may have been moved to --model."""
     if not args.init:
-        return eval.load_model(args.model, args.device, args.image_size, args.activation)
+        return eval.load_run(args.model, args.device, args.image_size, args.activation)
     weights = args.model if args.model != args.init else None       # None: the run has its own CLIP
-    return eval.load_model(args.init, args.device, args.image_size, args.activation, weights)
+    return eval.load_run(args.init, args.device, args.image_size, args.activation, weights)
 
 
 def build(args, captions):
@@ -322,7 +322,7 @@ def build(args, captions):
     else:
         model, tokenizer, start_settings = load_start(args)
     fingerprint = start_settings.get("fingerprint") or eval.fingerprint(model)
-    args.sizes = {name: getattr(args, name) for name in METHOD_SIZES}       # eval.load_model needs them again
+    args.sizes = {name: getattr(args, name) for name in METHOD_SIZES}       # eval.load_run needs them again
     if not args.init:
         method = start_settings.get("method", "none")
         if method != "none":
@@ -497,7 +497,7 @@ def test(args, pairs, images, history, seconds):
             name, trained = "zero-shot", 0
         metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
         rows.append((name, trained, 100 * trained / total, metrics))
-    model, tokenizer, settings = eval.load_model(args.out, args.device)
+    model, tokenizer, settings = eval.load_run(args.out, args.device)
     metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
     trained = args.trained_parameters
     rows.append((eval.label(settings), trained, 100 * trained / total, metrics))

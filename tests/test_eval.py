@@ -193,7 +193,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(world, tmp_path, mon
         eval.load_run(changed_run(world, tmp_path, merges=["a b"]))
     monkeypatch.setattr(clip, "Tokenizer", lambda merges: types.SimpleNamespace(vocab_size=49408))
     with pytest.raises(ValueError, match=r"knows 519 tokens and its tokenizer 49408"):
-        eval.load_model(world / "plain.pt")
+        eval.load_run(world / "plain.pt")
 
 
 @pytest.mark.parametrize("model, method, train, expected", [
@@ -323,7 +323,7 @@ def test_a_run_is_tested_beside_chance(world, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ([], "run --table is required"), (["RUN", "--query", " "], "needs words"), (["nothing.pt"], "nothing.pt"),
-    (["RUN", "--gallery", "x"], "needs words"), (["RUN", "--device", "tpu"], "invalid choice: 'tpu'"),
+    (["RUN", "--gallery", "x"], "needs words"), (["RUN", "--query", "x", "--top", "0"], "--top 0"),
     (["RUN", "--query", "x", "--gallery", "no"], "no is not"), (["--table", "no"], "no finished run"),
     (["RUN", "--dataset", "ucm"], "--data-root"), (["ViT-B/32", "--model", "x"], "leave out --model x")])
 def test_a_mistake_is_one_line(world, flags, words, capsys):
