@@ -30,24 +30,24 @@ import clip
 import data
 
 CHUNK = 256                     # queries that are ranked at a time
-PIECE = 2048                    # images of a gallery whose features are one file
+PIECE = 2048                    # images of a gallery for each file of features
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
 if torch.backends.mps.is_available():
     DEVICES.append("mps")
-INCIDENTAL = ("seed", "out", "init", "resume", "device", "data_root")     # may differ in runs of one row
+INCIDENTAL = ("seed", "out", "resume", "device", "data_root")       # may differ in runs of one row
 
 
 # ------------------------------------------------------------------------------------ metrics
 
 def recalls(similarity, query_ids, gallery_ids, name):
-    """{name + k: percent of queries with a right item, one of their id, in the top k} for k = 1, 5 and 10.
+    """{name + k: percent of queries with a right item, one with their id, in the top k}, for k = 1, 5 and 10.
 
     Equal captions tie exactly, so a tie counts at its expected value under random order: a collapsed model
     gets chance, not 100 or 0. The best right item of a query has `above` items of a higher score before it
-    and is one of `tied` items of its score, `right_tied` of them right. The first i of these are all wrong
-    with probability prod_{n < i} (tied - right_tied - n) / (tied - n).
+    and is one of `tied` items of its score, `right_tied` of them right. The top k holds k - above of these:
+    all wrong with probability prod_{n < k - above} (tied - right_tied - n) / (tied - n).
     """
     shape = len(query_ids), len(gallery_ids)
     if similarity.shape != shape or 0 in shape:
@@ -94,8 +94,8 @@ def reid_metrics(similarity, query_ids, gallery_ids):
 
     similarity (Q, G): captions x images; an image with the id of the caption is right: ids (Q,) and (G,).
     With right images at ranks r_1 < ... < r_P, Rank-k is [r_1 <= k], AP the mean of j / r_j (Market-1501),
-    INP is P / r_P (arXiv 2001.04193). For mAP and mINP the gallery is shuffled before a stable sort: in the
-    file a person's images are neighbours, and a collapsed model would gain. ValueError as retrieval_metrics.
+    INP is P / r_P (arXiv 2001.04193). mAP and mINP break ties by one fixed random order of the gallery: in
+    the file, a person's images are neighbours, and a collapsed model would gain. Errors as in `recalls`.
     """
     similarity = torch.as_tensor(similarity).float().cpu()
     query_ids, gallery_ids = torch.as_tensor(query_ids).cpu(), torch.as_tensor(gallery_ids).cpu()
@@ -154,7 +154,7 @@ def encode_images(model, images, batch_size=128):
 @torch.no_grad()
 def encode_texts(model, tokens, batch_size=256):
     """Token ids (M, L) -> unit features (M, D), float32 on the CPU. Each distinct caption is encoded once."""
-    lengths = tokens.count_nonzero(dim=1)[:, None]      # unique sorts its rows: short captions come together
+    lengths = tokens.count_nonzero(dim=1)[:, None]      # in front, as unique sorts: batches of like length
     rows, row_of_caption = torch.cat([lengths, tokens], dim=1).unique(dim=0, return_inverse=True)
     features = []
     for batch in tqdm(rows[:, 1:].split(batch_size), "encoding captions", leave=False, disable=None):
@@ -169,7 +169,7 @@ def evaluate(model, tokenizer, pairs, images, precision="fp32"):
     with autocast(model.logit_scale.device, precision):
         image_features = encode_images(model, images)
         text_features = encode_texts(model, tokens)
-    # equal columns of a product may differ in the last bit: each distinct feature is multiplied once
+    # equal features must tie, but their products may differ in the last bit: multiply each distinct one once
     distinct_images, image_rows = image_features.unique(dim=0, return_inverse=True)
     distinct_texts, text_rows = text_features.unique(dim=0, return_inverse=True)
     similarity = (distinct_images @ distinct_texts.T)[image_rows[:, None], text_rows]
@@ -180,9 +180,8 @@ def caption_notes(tokenizer, captions, context_length, split):
     """What a user should know about captions that are too long -> list of no or one line."""
     texts = [tuple(tokenizer.encode(caption)) for caption in captions]
     cut = sum(len(ids) > context_length for ids in texts)
-    beginnings = Counter(ids[:context_length - 1] for ids in set(texts))      # what is left before EOT
-    equal = sum(count for count in beginnings.values() if count > 1)
-    note = f"{split}: {cut} captions are cut, longer than {context_length} tokens; {equal} become equal"
+    equal = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})      # what is left before EOT
+    note = f"{split}: {cut} captions are cut, longer than {context_length} tokens; {equal} to the words of another"
     return [note] if cut else []
 
 
@@ -202,8 +201,8 @@ def load_run(name, device="cpu", image_size=None, activation=None, weights=None)
     """A run of train.py at its best epoch, or plain CLIP -> (model, tokenizer, settings).
 
     name: a run's folder or best.pt, or what clip.load_clip takes. image_size, activation: other than its own.
-    weights: where the CLIP that a run's method was trained on is now, if it was moved. settings: train.py's,
-    "epoch", "fingerprint" (of CLIP without the method); of plain CLIP {"precision": "fp32"}.
+    weights: where the CLIP that a run's method was trained on is now, if it was moved. settings of a run:
+    train.py's, "epoch" and "fingerprint" (of CLIP without the method); of plain CLIP {"precision": "fp32"}.
     FileNotFoundError, or ValueError for a damaged file, a CLIP or a tokenizer that does not fit.
     """
     saved = {} if name in clip.URLS else clip.read_file(name)
@@ -214,10 +213,10 @@ def load_run(name, device="cpu", image_size=None, activation=None, weights=None)
         if source not in clip.URLS and not Path(source).exists():
             raise FileNotFoundError(f"{name} was trained on {source}, which is not there: give --model FILE")
     elif weights:
-        raise ValueError(f"{name} holds its own CLIP: leave out --model {weights}")
+        raise ValueError(f"{name} is a CLIP or holds one: leave out --model {weights}")
     image_size = image_size or settings.get("image_size")
     model = clip.load_clip(source, image_size, activation=activation or settings.get("activation"))
-    tokenizer = clip.Tokenizer(merges=saved.get("merges"))      # None, OpenAI's, for all but our own runs
+    tokenizer = clip.Tokenizer(merges=saved.get("merges"))      # None: OpenAI's
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{name}: the model knows {model.config.vocab_size} tokens and its tokenizer "
                          f"{tokenizer.vocab_size}; added tokens and other tokenizers are not known here")
@@ -262,8 +261,8 @@ def table(rows, heads=()):
 
 def run_tables(names):
     """Markdown of finished runs, folders with a metrics.json: a table for each data set, the best run last.
-    Runs that differ by the seed alone are one row: means, and the standard deviation of their mR or R1."""
-    groups = {}                             # {(data set, what the runs of a row share): the runs' rows}
+    Runs that differ in INCIDENTAL settings alone are one row: means, and the standard deviation of mR, R1."""
+    groups = {}         # {(data set, the settings that runs share, or a row they started from): rows}
     for file in sorted({file for name in names for file in glob.glob(f"{name}/metrics.json")}):
         with clip.loading(file):
             run = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -334,7 +333,7 @@ def find_files(folder):
 
 def encode_files(model, paths, folder):
     """Unit features of image files -> {path: (D,)}. Unreadable and blank ones are told on stderr, left out.
-    `folder` keeps the features in files of PIECE images at most, never written again; what changed is new."""
+    `folder` keeps the features in files of up to PIECE images, written once; a changed image is a new one."""
     folder.mkdir(parents=True, exist_ok=True)
     size, saved, bad = model.config.image_size, {}, {}
     for file in folder.glob("*.pt"):
@@ -343,19 +342,19 @@ def encode_files(model, paths, folder):
     keys = {path: f"{os.path.getsize(path)} {os.path.getmtime(path)} {path}" for path in paths}
     new = [path for path in paths if keys[path] not in saved]
     for start in range(0, len(new), PIECE):
-        images = {}
+        pixels = {}
         with ThreadPoolExecutor() as pool:
             jobs = {path: pool.submit(data.decode, path, size) for path in new[start:start + PIECE]}
         for path, job in jobs.items():
             if job.exception() or data.is_blank(job.result()):
                 bad[path] = str(job.exception() or f"{path} is blank")
             else:
-                images[keys[path]] = job.result()
-        if images:
-            features = encode_images(model, np.stack(list(images.values())))
-            torch.save({"keys": list(images), "features": features}, folder / "draft")
-            os.replace(folder / "draft", folder / f"{len(saved):09d}.pt")     # never half a file
-            saved.update(zip(images, features))
+                pixels[keys[path]] = job.result()
+        if pixels:
+            features = encode_images(model, np.stack(list(pixels.values())))
+            torch.save({"keys": list(pixels), "features": features}, folder / "draft")
+            os.replace(folder / "draft", folder / f"{np.random.default_rng().integers(2 ** 63)}.pt")
+            saved.update(zip(pixels, features))
     if bad:
         kinds = Counter(Path(path).suffix.lower() or "no suffix" for path in bad)
         print(f"eval.py: left out {dict(kinds)}, first: {'; '.join(list(bad.values())[:5])}", file=sys.stderr)
@@ -428,7 +427,8 @@ def main(argv=None):
         if args.table:
             print(run_tables(args.table))
             return
-        model, tokenizer, settings = load_run(args.run, args.device, None, args.activation, args.model)
+        model, tokenizer, settings = load_run(args.run, args.device, activation=args.activation,
+                                              weights=args.model)
         if args.dataset is None:
             args.dataset = settings.get("dataset")
             args.data_root = args.data_root or settings.get("data_root")
@@ -443,7 +443,7 @@ def main(argv=None):
         print(f"eval.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; features that were encoded are kept for the next search")
+        sys.exit(f"\nstopped; a search keeps the features it has, {PIECE} images at a time")
 
 
 if __name__ == "__main__":
