@@ -181,7 +181,7 @@ def caption_notes(tokenizer, captions, context_length, split):
     texts = [tuple(tokenizer.encode(caption)) for caption in captions]
     cut = sum(len(ids) > context_length for ids in texts)
     equal = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})      # what is left before EOT
-    note = f"{split}: {cut} captions are longer than {context_length} tokens and cut, {equal} to those of another"
+    note = f"{split}: {cut} captions exceed {context_length} tokens and are cut, {equal} to those of another"
     return [note] if cut else []
 
 

@@ -118,7 +118,7 @@ def test_equal_captions_and_equal_images_tie_to_the_bit(monkeypatch):
 def test_cut_captions_are_noted():
     captions = ["k" * 29, "k" * 30 + "b", "k" * 30 + "c", "k" * 30 + "c", "b" * 40]
     (note,) = eval.caption_notes(TOKENIZER, captions, 32, "val")
-    assert note == "val: 4 captions are longer than 32 tokens and cut, 1 to those of another"
+    assert note == "val: 4 captions exceed 32 tokens and are cut, 1 to those of another"
     assert eval.caption_notes(TOKENIZER, ["k" * 30], 32, "val") == []
 
 
