@@ -7,13 +7,14 @@ Papers: "Parameter-Efficient Transfer Learning for Remote Sensing Image-Text Ret
     add_method(model, "mrs", bottleneck=64)     # CLIP is frozen; only what was added has requires_grad
 
 clip.py imports nothing from here. Four moves, alone or together, install any method:
-1. wrap a block: a module holds it as `.inner` and restates its two lines (SSF wraps single layers as well);
+1. wrap a block: a module holds it as `.inner`, a name that `openai_state_dict` takes out again, and restates
+   its two lines (SSF wraps single layers as well);
 2. `Prompted(inner, m, width)`: m learned tokens join what a module reads and leave what it returns;
 3. set `tower.head`, which is nn.Identity() in plain CLIP;
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
 A twentieth method is a function add_name(model, size=default) that makes one of these moves, entered in
-METHODS at the end of the file. Every parameter that it creates will learn. train.py lists it by itself; a
-size that no other method has needs a flag there too.
+METHODS at the end of the file. It raises before it changes anything; every parameter that it creates learns.
+In the text tower it must be causal, as captions are cut behind EOT. A new size needs a flag in train.py.
 
 Where prompts enter and leave, around each block (deep) or around the whole transformer (shallow):
     [first | rest]  ->  [first | m prompts | rest]  ->  inner  ->  [first | rest]
@@ -25,9 +26,7 @@ never sees a word. In the image tower all tokens see each other.
 To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one,
 `MRSAdapter({"image": C, "text": C})`, for all blocks of both towers, and let it alone learn; in each block
 `x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`. Call train() and eval(): it has dropout.
-
-Facts that bite: two matrices of a bottleneck that both start at zero stay at zero; new parameters are
-float32 however CLIP is stored, so train under autocast.
+New parameters are float32 however CLIP is stored, so train under autocast.
 
 A side is "image" or "text". Shapes: B batch, L sequence length, C width of a tower, D joint width, m prompt
 length, d inner width of an adapter (the bottleneck). Counts are for ViT-B/32: 12 blocks in each tower,
@@ -127,7 +126,8 @@ def wrap_with_adapters(model, wrapper, adapter_class, shared, **sizes):
 # ---------------------------------------------------------------------------- MRS-Adapter (arXiv 2308.12509)
 
 def start_at_zero(downs, ups):
-    """Linears of a bottleneck that adds nothing at first: down Kaiming-uniform, up and all biases zero."""
+    """Linears of a bottleneck that adds nothing at first: down Kaiming-uniform, up and all biases zero. (If
+    down were zero as well, neither would ever get a gradient.)"""
     for down in downs:
         nn.init.kaiming_uniform_(down.weight, a=5 ** 0.5)
         nn.init.zeros_(down.bias)
@@ -181,7 +181,7 @@ def add_mrs(model, bottleneck=64, shared=True, dropout=0.5):
 # --------------------------------------------------------------------------------- prompts (arXiv 2401.02173)
 
 def run_with_prompts(inner, x, prompts):
-    """inner(x) with the prompts (m, C) behind the first token of x, and taken out of what it returns."""
+    """inner(x) with prompts (m, C) behind the first token of x (B, L, C), taken out of what it returns."""
     m = len(prompts)
     tokens = prompts.to(x.dtype).expand(len(x), -1, -1)                       # (B, m, C)
     x = inner(torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1))                 # (B, L + m, C)
@@ -221,8 +221,8 @@ def add_prompts(model, prompt_length=4, prompt_depth=None):
 
 def add_coop(model, prompt_length=16, prompt_depth=None):
     """CoOp (Zhou et al., arXiv 2109.01134): context between SOT and the words. 12 x 16 x 512 = 98 304."""
-    # differs from CoOp: prompts in every block (the count of arXiv 2308.12509), there at the input alone;
-    # without positional embedding
+    # differs from CoOp: prompts in every block (the count of arXiv 2308.12509), there at the input alone
+    # and with a positional embedding
     add_deep_prompts([model.text], prompt_length, prompt_depth)
 
 

@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
         self.grad_checkpointing = False     # True: less memory, as backward computes each block once more
-        for block in self.resblocks:    # differs from OpenAI: here images too start so, and all biases at 0
+        for block in self.resblocks:    # differs from OpenAI: it starts the text tower alone so, and no bias
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -595,7 +595,8 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     """A CLIP in float32 and eval mode, from one of OpenAI's names or weights of any known kind: a file or a
     folder of OpenAI, open_clip, Hugging Face's CLIPModel, a trainer, or a run of ours. Runs nothing in it.
     image_size: pixels or (height, width); if not the checkpoint's, the positional grid is resized (bilinear).
-    activation: "quick_gelu" or "gelu", whatever the files say. Raises FileNotFoundError or ValueError."""
+    activation: "quick_gelu" or "gelu", whatever the files say (none: quick_gelu). Raises FileNotFoundError or
+    ValueError."""
     path = find_file(name_or_path)
     content = read_file(path)
     with loading(path):
