@@ -238,8 +238,8 @@ def is_blank(pixels):
 def read_images(paths, size, cache):
     """Images -> (uint8 (N, 3, H, W), mapped from a file in `cache`, {path: reason} of bad ones left out).
 
-    A file without the bad images is shorter than expected, and so it is made again, and they are named again,
-    each time. (None, bad) if all are bad.
+    If some are bad the file is too short, and is made again each time, to name them again. (None, bad) if all
+    are bad.
     """
     def attempt(path):
         try:
@@ -288,7 +288,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        part = without(part, bad={})        # keeps the order: row n of the array is image n of the split
+        part = without(part, bad={})        # before reading: row n of the array is image n of this part
         images[split], bad_here = read_images(part.images, size, cache)
         caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
         bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}
@@ -320,7 +320,7 @@ def erase(images):
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)        # box: (B, H, W)
     box = (y >= top) & (y < top + h) & (x >= left) & (x < left + w) & (torch.rand(B, 1, 1) < 0.5)
-    # differs from IRRA: it fills the box with MEAN after normalising; here it is 0 then
+    # differs from IRRA: it fills with MEAN after normalising; here MEAN is filled before, and becomes 0
     mean = 255 * torch.tensor(clip.MEAN).view(3, 1, 1)
     return torch.where(box[:, None].to(images.device), mean.to(images), images)
 

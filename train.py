@@ -58,7 +58,7 @@ TOY_PEOPLE = PEOPLE | dict(model="toy", image_size=(96, 48), augment="none", epo
 RECIPES = {     # for (kind of data, whether CLIP itself learns), over PE_RSITR
     ("retrieval", False): {},       # the first paper's own
     ("retrieval", True): dict(lr=1e-5),         # ours, as are the toy recipes
-    ("people", False): PEOPLE,      # stage 1, ours [choice]: the second paper's could not be read
+    ("people", False): PEOPLE,      # stage 1, our choice: the second paper's could not be read
     ("people", True): PEOPLE | dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0),     # IRRA's, for stage 2
     ("toy-retrieval", False): TOY | dict(loss="hmmc-softmax", lr=5e-3),
     ("toy-retrieval", True): TOY | dict(loss="contrastive", lr=5e-4),
@@ -81,7 +81,7 @@ def recipe(args):
 
 
 def make_parser():
-    """Every flag. None is a flag that was not given: `recipe` fills it, and the run prints what it took."""
+    """Every flag. One that was not given is None; `recipe` fills most of them, and the run prints those."""
     parser = argparse.ArgumentParser(description=__doc__, usage="python train.py [--flag value] ...",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")
@@ -126,7 +126,6 @@ def parse(argv):
     """Settings from the command line: the flags given, the rest from an earlier run or from the recipe."""
     args = make_parser().parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args.dataset = args.dataset or "toy-aerial"
     earlier = {}                                        # settings that an earlier run brings
     if args.resume:
         last = Path(args.out or "") / "last.pt"
@@ -137,15 +136,19 @@ def parse(argv):
         settings = clip.read_file(args.init).get("settings")
         if settings is None:
             raise ValueError(f"--init {args.init} is no run; weights go to --model")
+        if args.dataset is None:                        # without --dataset: the data of that run
+            args.dataset = settings["dataset"]
+            given = {"dataset": args.dataset, "data_root": settings["data_root"]} | given
         earlier = {name: settings.get(name) for name in FROM_INIT}
         if settings["train"] != "method":
             earlier["model"] = args.init                # its CLIP has learned, and lies in the run
         elif args.model:
-            del earlier["model"]                        # --model says where the CLIP it was added to is now
-    for name in given:
-        if name in earlier and name not in MAY_CHANGE:
+            del earlier["model"]        # the run holds its method alone; --model says where its CLIP is now
+    for name, value in given.items():
+        if name in earlier and name not in MAY_CHANGE and value != earlier[name]:
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
                              "leave the flag out")
+    args.dataset = args.dataset or "toy-aerial"
     vars(args).update(recipe(args) | earlier | given)
     if args.resume:
         return args                                     # checked when it began
@@ -182,7 +185,7 @@ def parse(argv):
 
 def encode(tower, inputs, views):
     """Features of a batch, not normalised, a tensor (B, D) for each view, in one forward. HMMC's second view
-    (PE-RSITR) is the same tokens, with element-wise dropout between the embedding and the first block."""
+    (PE-RSITR) is the same tokens with element-wise dropout on what `embed` returns, before the first block."""
     x = tower.embed(inputs)                                                             # (B, L, C)
     if views == 2:
         x = torch.cat([x, F.dropout(x, VIEW_DROPOUT)])                                  # (2B, L, C)
@@ -433,7 +436,7 @@ def train(args):
         loss, parts = compute_loss(args, image, text, model.logit_scale.exp(), same, group, classifier)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [p.grad for p in learned.values() if p.grad is not None]
+        gradients = [p.grad for p in learned.values() if p.grad is not None]    # None: not used by the loss
         if WORLD > 1:
             for gradient in gradients:              # the mean over the processes
                 dist.all_reduce(gradient)

@@ -312,8 +312,6 @@ def test_irras_groups_of_parameters():
     assert found == [(1, 4e-5), (2, 0), (1, 0), (5, 4e-5), (5, 0)]
 
 
-# --------------------------------------------------------------------------- settings and pieces of the loop
-
 def test_the_papers_recipe_is_the_default_on_its_data():
     args = train.parse(["--dataset", "ucm", "--data-root", "x"])
     assert (args.model, args.method, args.loss, args.train) == ("ViT-B/32", "mrs", "hmmc", "method")
@@ -394,7 +392,9 @@ def test_mistakes_with_folders_of_runs(world, people, tmp_path, capsys):
     assert "already holds a run" in error_of(capsys, *flags, "--out", folder / "scratch")
     assert "there is no" in error_of(capsys, "--resume", "--out", folder / "scrach")
     assert "has 0.001, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--lr", "1")
-    assert "has 0, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--seed", "0")
+    assert "has precomp, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--dataset", "toy-aerial")
+    args = train.parse(["--init", str(people[0] / "stage1"), "--train", "backbone"])
+    assert (args.dataset, args.data_root) == ("RSTPReid", str(people[0] / "people"))    # that run's data
     assert "--method" in error_of(capsys, *people[1], "--init", people[0] / "stage1", "--method", "mrs")
     run(*people[2], "--out", tmp_path / "prompts", "--train", "all", "--method", "prompts")
     assert "take --init for it" in error_of(capsys, *flags[:-1], tmp_path / "prompts")
