@@ -185,7 +185,7 @@ def parse(argv):
 
 def encode(tower, inputs, views):
     """Features of a batch, not normalised, a tensor (B, D) for each view, in one forward. HMMC's second view
-    (PE-RSITR) is the same tokens with element-wise dropout on what `embed` returns, before the first block."""
+    (PE-RSITR) is the same tokens with element-wise dropout on what `embed` gives before the first block."""
     x = tower.embed(inputs)                                                             # (B, L, C)
     if views == 2:
         x = torch.cat([x, F.dropout(x, VIEW_DROPOUT)])                                  # (2B, L, C)
