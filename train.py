@@ -136,10 +136,9 @@ def parse(argv):
         settings = clip.read_file(args.init).get("settings")
         if settings is None:
             raise ValueError(f"--init {args.init} is no run; weights go to --model")
-        if args.dataset is None:                        # without --dataset: the data of that run
-            args.dataset = settings["dataset"]
-            given = {"dataset": args.dataset, "data_root": settings["data_root"]} | given
         earlier = {name: settings.get(name) for name in FROM_INIT}
+        if args.dataset is None:                        # without --dataset: the data of that run
+            args.dataset, earlier["data_root"] = settings["dataset"], settings["data_root"]
         if settings["train"] != "method":
             earlier["model"] = args.init                # its CLIP has learned, and lies in the run
         elif args.model:
