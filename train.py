@@ -14,6 +14,7 @@ Shapes: B pairs in the batch, L tokens, C width of a tower, D width of the joint
 """
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -357,10 +358,11 @@ def train(args):
         raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none")
     model, tokenizer, fingerprint = build(args, pairs["train"].captions)
     pairs, images, load_notes = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
+    notes += load_notes
     if RANK == 0 and WORLD > 1:
         dist.barrier()
     for split, part in pairs.items():
-        load_notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
+        notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
     tokens = tokenizer(pairs["train"].captions, model.config.context_length)    # (captions, L)
     plan = data.plan_batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed, WORLD)
     if not plan:
@@ -393,10 +395,12 @@ def train(args):
 
     # where to begin: at step 0, or at the last checkpoint; steps: of one epoch
     steps, step, history, sums = len(plan) // args.epochs, 0, [], {}
+    captions = repr((pairs["train"].captions, group_ids.tolist()))
+    origin = dict(steps=steps, clip=fingerprint, captions=hashlib.sha256(captions.encode()).hexdigest())
     if args.resume:
         last = clip.read_file(out / "last.pt")
-        if last["steps"] != steps or list(last["learned"]) != list(learned):
-            raise ValueError(f"{out}/last.pt does not fit: the data, or what learns, has changed since")
+        if last.get("origin") != origin:
+            raise ValueError(f"{out}/last.pt does not fit: the data, or the CLIP it began with, has changed")
         for name, value in last["learned"].items():
             learned[name].data.copy_(value)
         optimizer.load_state_dict(last["optimizer"])
@@ -407,7 +411,7 @@ def train(args):
     tqdm.write(f"run     {out}: {settings}; {steps} steps an epoch")
     if args.model in FROM_SCRATCH and len(plan) < 500:
         notes.append(f"{len(plan)} steps from scratch teach little, 500 or more are needed")
-    for note in notes + load_notes:
+    for note in notes:
         tqdm.write(f"note    {note}")
 
     # the loop
@@ -480,7 +484,7 @@ def train(args):
         if RANK == 0 and (step % steps == 0 or time.time() - saved_at > CHECKPOINT_SECONDS):
             saved_at = time.time()
             save(out / "last.pt", dict(
-                settings=vars(args), learned={name: p.detach() for name, p in learned.items()}, steps=steps,
+                settings=vars(args), learned={name: p.detach() for name, p in learned.items()}, origin=origin,
                 optimizer=optimizer.state_dict(), step=step, history=history, sums=sums))
 
     # the test
