@@ -12,9 +12,9 @@ clip.py imports nothing from here. Four moves, alone or together, install any me
 2. `Prompted(inner, m, width)`: m learned tokens join what a module reads and leave what it returns;
 3. set `tower.head`, which is nn.Identity() in plain CLIP;
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
-A twentieth method is a function add_name(model, size=default) that makes one of these moves, entered in
-METHODS at the end of the file. It raises before it changes anything; every parameter that it creates learns.
-In the text tower it must be causal, as captions are cut behind EOT. A new size needs a flag in train.py.
+A new method is a function add_name(model, size=default) that makes such moves, entered in METHODS at the end
+of the file. If it raises, then before it changes the model; all parameters that it creates learn. In the text
+tower it must be causal, as captions are cut behind EOT. A new size needs a flag in train.py.
 
 Where prompts enter and leave, around each block (deep) or around the whole transformer (shallow):
     [first | rest]  ->  [first | m prompts | rest]  ->  inner  ->  [first | rest]
@@ -23,14 +23,15 @@ The first token is an image's class token or a caption's SOT. Prompts have no po
 causal, so a word (and EOT) sees SOT, all prompts and the words before it; SOT never sees a prompt, a prompt
 never sees a word. In the image tower all tokens see each other.
 
-To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one,
-`MRSAdapter({"image": C, "text": C})`, for all blocks of both towers, and let it alone learn; in each block
+To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one for
+all blocks of both towers, `MRSAdapter({"image": 768, "text": 512})`, and let it alone learn. Each block is
 `x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`. Call train() and eval(): it has dropout.
 New parameters are float32 however CLIP is stored, so train under autocast.
 
 A side is "image" or "text". Shapes: B batch, L sequence length, C width of a tower, D joint width, m prompt
 length, d inner width of an adapter (the bottleneck). Counts are for ViT-B/32: 12 blocks in each tower,
-C = 768 and 512, D = 512. A method follows its paper but for what a line `differs from` says.
+C = 768 and 512, D = 512. A method follows its paper but for what a line `differs from` says. In such lines
+"there" is that paper; "the count of" a paper is the number of parameters that our sizes were chosen to reach.
 """
 import inspect
 from collections import OrderedDict
@@ -61,8 +62,8 @@ def add_method(model, name, **sizes):
             raise ValueError(f"method {name!r} has no size {key!r}: it has {', '.join(allowed) or 'none'}")
         if key == "dropout" and not 0 <= value < 1:
             raise ValueError(f"dropout {value} is not possible: it is at least 0 and less than 1")
-        whole = key in ("bottleneck", "prompt_length", "prompt_depth", "rank")
-        if whole and (not isinstance(value, int) or value < 1):
+        is_count = key in ("bottleneck", "prompt_length", "prompt_depth", "rank")
+        if is_count and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} {value} touches no layer: it is a whole number, 1 or more")
     learned_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -109,8 +110,8 @@ def wrap_blocks(model, wrapper, **sizes):
 
 def wrap_with_adapters(model, wrapper, adapter_class, shared, **sizes):
     """Each block of both towers becomes wrapper(block, side, *adapters), with adapter_class(widths, **sizes).
-    shared: one adapter for every place in every block. Otherwise one for each place at each depth, common to
-    both towers where both are that deep (ViT-L/14 has 24 and 12 blocks)."""
+    shared: one adapter, wherever one is needed. Otherwise `adapters_per_block` new ones at each depth, common
+    to both towers where both are that deep (ViT-L/14 has 24 and 12 blocks)."""
     stacks = {"image": model.visual.transformer.resblocks, "text": model.text.transformer.resblocks}
     widths = {"image": model.config.vision_width, "text": model.config.text_width}
     if shared:
@@ -189,8 +190,7 @@ def run_with_prompts(inner, x, prompts):
 
 
 class Prompted(nn.Module):
-    """m learned tokens that join what a module reads and leave what it returns; std 0.02 at first.
-    Around each block: deep prompting. Around a transformer: shallow prompting. m = 0 is plain CLIP."""
+    """m learned tokens, of std 0.02 at first, that join what a module reads and leave what it returns."""
     def __init__(self, inner, m, width):
         super().__init__()
         self.inner, self.prompts = inner, nn.Parameter(0.02 * torch.randn(m, width))
@@ -213,7 +213,7 @@ def add_deep_prompts(towers, prompt_length, prompt_depth):
 def add_prompts(model, prompt_length=4, prompt_depth=None):
     """Deep prompts in both towers, for prompt decoupling (Li et al., arXiv 2401.02173). Stage 1 learns only
     the prompts, on a frozen CLIP; stage 2 fixes them and fine-tunes CLIP. 12 x 4 x (768 + 512) = 61 440."""
-    # differs from prompt decoupling: position, length, depth, init are our choice, its own could not be read
+    # differs from prompt decoupling: position, length, depth, init are our choice; its text was not at hand
     add_deep_prompts([model.visual, model.text], prompt_length, prompt_depth)
 
 
@@ -283,7 +283,7 @@ class InSeries(nn.Module):
 
 
 class Houlsby(nn.Module):
-    """y <- y + W_up GELU(W_down y), one bottleneck for each side. Init: weights N(0, 1e-3), biases 0."""
+    """y <- y + W_up GELU(W_down y), one bottleneck for each side. Init: weights of std 1e-3, biases 0."""
     def __init__(self, widths, bottleneck):
         super().__init__()
         self.down = nn.ModuleDict({side: nn.Linear(C, bottleneck) for side, C in widths.items()})
@@ -323,13 +323,13 @@ def add_adaptformer(model, bottleneck=64, shared=True, dropout=0.1):
 
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU, x sigmoid(1.702 x)."""
+    """x sigmoid(1.702 x), clip.py's, repeated so that this file needs torch alone."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class CrossModalAdapter(MRSAdapter):
     """y <- y + [W_up^side h ; W_share h], h = QuickGELU(W_down^side y): MRS-Adapter's weights, 16 dims
-    shared. Init: weights N(0, 0.01), biases 0."""
+    shared. Init: weights of std 0.01, biases 0."""
     def __init__(self, widths, bottleneck):
         super().__init__(widths, bottleneck, dropout=0.0, share=16)
         for linear in [*self.down.values(), *self.up.values(), self.share]:
@@ -454,7 +454,7 @@ def add_linear_probe(model):
 
 class LoRABlock(nn.Module):
     """W <- W + B A for q and v, A (r, C), B (C, r). Init: A Kaiming-uniform(a = sqrt 5), B 0. CLIP packs q, k
-    and v in one matrix: B (A y) is added to its output, so no gradient of the matrix's size is made."""
+    and v in one matrix; B (A y) is added to their parts of its output, and W + B A is never formed."""
     def __init__(self, block, rank):
         super().__init__()
         self.inner, width = block, block.attn.out_proj.in_features
@@ -520,14 +520,14 @@ def add_ia3(model):
 
 
 class ScaleShift(nn.Module):
-    """gamma x + beta, of a shape that broadcasts on x. Init: gamma N(1, 0.02), beta N(0, 0.02)."""
+    """gamma x + beta, of a shape that broadcasts on x. Init: gamma 1, beta 0, both with noise of std 0.02."""
     def __init__(self, *shape):
         super().__init__()
         self.gamma = nn.Parameter(1 + 0.02 * torch.randn(shape))
         self.beta = nn.Parameter(0.02 * torch.randn(shape))
 
     def forward(self, x):
-        return (x * self.gamma + self.beta).to(x.dtype)     # bf16 would round small changes of gamma away
+        return (x * self.gamma + self.beta).to(x.dtype)     # computed in float32, then cast back
 
 
 class SSFBlock(nn.Module):

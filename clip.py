@@ -4,7 +4,8 @@ Radford et al., Learning Transferable Visual Models From Natural Language Superv
 Facts that bite: a caption ends in EOT, where its feature is read; attention in the text tower is causal, so
 nothing after EOT matters; OpenAI's models use QuickGELU, many of open_clip's GELU; all heads are 64 wide.
 
-Shapes: B batch, L sequence length, C width, H heads, D joint width of both towers, N texts.
+Shapes: B batch, L sequence length, C width, H heads, D joint width of both towers.
+A deviation from OpenAI's code is marked `differs from`.
 """
 import gzip
 import html
@@ -118,7 +119,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
         self.grad_checkpointing = False     # True: less memory, as backward computes each block once more
-        for block in self.resblocks:    # differs from OpenAI: it starts the text tower alone so, and no bias
+        # differs from OpenAI, which starts the text tower alone like this, and not the MLP's biases at zero
+        for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -161,7 +163,7 @@ class VisionTower(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, L = 1 + patches, C)
         return self.ln_pre(x)
 
-    def pool(self, x, images):          # images are not needed; the text tower's pool does need its tokens
+    def pool(self, x, images):          # images: not used, but both towers' pools are called alike
         return self.ln_post(x[:, 0]) @ self.proj                              # (B, D), from the class token
 
     def forward(self, images):
@@ -183,8 +185,8 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def embed(self, tokens):
-        # to save time, cut the batch behind the longest caption's EOT (of each row the first one). Exact:
-        # attention is causal, all else works token by token, and a feature is read at that EOT alone
+        # to save time, cut the columns that no row needs, behind the furthest first EOT. Exact: attention is
+        # causal, all else works token by token, and a feature is read at the row's first EOT alone
         tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
         L, longest = tokens.shape[1], len(self.positional_embedding)
         if L > longest or (tokens.amax(dim=1) != self.eot).any():
@@ -207,7 +209,7 @@ class CLIP(nn.Module):
         self.visual = VisionTower(config)
         self.text = TextTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.names = list(self.state_dict())    # CLIP's own, before a method adds its parameters
+        self.own_names = list(self.state_dict())        # before a method adds its parameters
 
     def encode_image(self, images):
         """Normalised images (B, 3, H, W) -> unit-length features (B, D) in float32."""
@@ -221,11 +223,13 @@ class CLIP(nn.Module):
     def openai_state_dict(self):
         """CLIP's own tensors under OpenAI's names: for square images, loads into OpenAI's CLIP and open_clip.
         A method that wraps a part of CLIP holds it as `.inner`; a method's own tensors are left out."""
-        state = {name.replace("inner.", ""): tensor for name, tensor in self.state_dict().items()}
-        return {name.removeprefix("text."): state[name] for name in self.names}
+        unwrapped = {name.replace("inner.", ""): tensor for name, tensor in self.state_dict().items()}
+        return {name.removeprefix("text."): unwrapped[name] for name in self.own_names}
 
 
-SIZES = {   # the published sizes, and two to train from scratch (vocab_size is set when theirs is learned)
+# the published sizes, and two to train from scratch, whose vocabulary is learned from captions (0: not yet).
+# D, pixels, patch; width and layers of images; context length, vocabulary; width and layers of text
+SIZES = {
     "tiny": CLIPConfig(128, 80, 16, 192, 5, 32, 0, 128, 3),
     "small": CLIPConfig(256, 128, 16, 256, 6, 77, 0, 256, 4),
     "ViT-B/32": CLIPConfig(512, 224, 32, 768, 12, 77, 49408, 512, 12),
@@ -266,12 +270,12 @@ VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simpl
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 # OpenAI's pattern without the package regex: \w is letters, numbers and _, \d is digits, NUMBERS the numbers
 # that are no digits, such as a raised 2.
-# differs from OpenAI: from U+3400 on, numbers that are no digits count as letters; letters that Python's
-# tables do not know yet count as signs
+# differs from OpenAI: NUMBERS ends where ideographs begin, so later ones, of rare scripts, count as letters;
+# letters that Python's tables do not know yet count as signs
 NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                   rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]"     # letters; one number
-                  r"|(?:[^\s\w\u0345]|_)+")                 # signs; OpenAI's pattern passes over U+0345
+                  r"|(?:[^\s\w\u0345]|_)+")                 # signs; OpenAI's passes over U+0345, a mark
 CURLY = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
 # BPE works on bytes written as visible characters: Latin-1's as they are, the other 68 from U+0100 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -305,18 +309,18 @@ def merge(symbols, pair):
 
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
-    path: None or one of OpenAI's names: their vocabulary; a .gz file: the vocabulary in it; weights: the
-    merges stored in them, as in a run of ours, else OpenAI's. merges: a list of "a b", instead of a path."""
+    path: None or one of OpenAI's names: OpenAI's vocabulary; a .gz file like OpenAI's: that vocabulary; a
+    run of train.py: the merges in it; other weights: OpenAI's. merges: a list of "a b", instead of a path."""
     def __init__(self, path=None, merges=None):
         is_vocabulary = str(path).endswith(".gz")
         if path is not None and path not in URLS and not is_vocabulary:
             merges = read_file(path).get("merges")
         self.merges = merges                    # None for OpenAI's
         if merges is None:
-            path = path if is_vocabulary else download(*VOCABULARY)
-            with loading(path), gzip.open(path, "rt", encoding="utf-8") as file:
+            vocabulary = path if is_vocabulary else download(*VOCABULARY)
+            with loading(vocabulary), gzip.open(vocabulary, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")
-            merges = lines[1:1 + 49152 - 256 - 2]       # a header first; more follow than CLIP uses
+            merges = lines[1:1 + 48894]      # behind a header; the rest is unused: 512 + 48 894 + 2 ids
         pairs = [tuple(line.split()) for line in merges]
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         ends = [symbol + "</w>" for symbol in BYTES.values()]
@@ -367,7 +371,7 @@ class Tokenizer:
         return ids + [self.eot]
 
     def __call__(self, texts, context_length=77):
-        """Texts (a list, or one) -> int64 (N, context_length): SOT, the text, EOT, then zeros.
+        """Texts (a list, or one) -> int64 (texts, context_length): SOT, the text, EOT, then zeros.
         differs from OpenAI: a text that is too long is cut, and EOT kept last; theirs raises by default."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -401,13 +405,13 @@ HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this ord
     "encoder.layers.": "transformer.resblocks.", "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.",
     "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.", "self_attn.": "attn.",
 }
-ANCHOR = "visual.conv1.weight"
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
+ANCHOR = "visual.conv1.weight"      # what stands before it in a file stands before each of CLIP's names
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 
 
 @contextmanager
 def loading(path):
-    """Whatever a damaged or foreign file makes pickle, zipfile, json or torch raise becomes one line."""
+    """Any error over a damaged or foreign file becomes a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -461,8 +465,8 @@ class ScriptModule(dict):
 
 
 class ScriptUnpickler(pickle.Unpickler):
-    """Reads a TorchScript archive and runs nothing in it. A pickle may name any function of Python; here the
-    names it can have are those in KNOWN, modules, and a mark of types; any other is an error."""
+    """Reads a TorchScript archive and runs nothing in it. A pickle may name any function of Python; here
+    only KNOWN, TorchScript's own classes and its mark of types; any other name is an error."""
     KNOWN = {
         "OrderedDict": dict,
         "HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long,
@@ -498,12 +502,13 @@ def read_safetensors(path):
 
 
 def read_file(name_or_path):
-    """What weights hold: a dict of tensors, or a dict of settings with the tensors in it (a run of ours has
-    "settings"). Runs nothing of it. Raises FileNotFoundError or ValueError, in one line."""
+    """What a weight file holds: a dict of tensors, or one with such a dict in it. A best.pt of train.py has
+    "settings", "merges", "trained" (the method's tensors) and, if CLIP learned, "state_dict". Runs nothing in
+    the file. Raises FileNotFoundError or ValueError, in one line."""
     path = find_file(name_or_path)
     with loading(path), open(path, "rb") as file:
         start = file.read(9)
-        if start[8:] == b"{":
+        if start[8:] == b"{":                           # safetensors: a length in 8 bytes, then JSON
             return read_safetensors(path)
         if start[:2] == b"PK":                          # a zip, which torch.save and TorchScript write
             folder, = zipfile.Path(path).iterdir()
@@ -526,7 +531,7 @@ def to_openai(content):
             tensor = tensor.T
         for theirs, ours in HUGGING_FACE.items():
             name = name.replace(theirs, ours)
-        if isinstance(tensor, torch.Tensor) and not name.endswith(NO_WEIGHTS):
+        if isinstance(tensor, torch.Tensor) and not name.endswith(NOT_WEIGHTS):
             renamed[name] = tensor
     prefixes = [name.removesuffix(ANCHOR) for name in renamed if name.endswith(ANCHOR)]
     if len(prefixes) != 1:
@@ -543,7 +548,7 @@ def to_openai(content):
 
 def config_of(weights, image_size):
     """CLIPConfig from the tensors' shapes; image_size: what it was trained at, None for a square."""
-    width, _, _, patch = weights["visual.conv1.weight"].shape
+    width, _, _, patch = weights[ANCHOR].shape
     vocab_size, text_width = weights["token_embedding.weight"].shape
     if width > 1024 or width % 64 or text_width % 64:       # ViT-H is 1280 wide, its heads are 80
         raise ValueError(f"its towers are {width} and {text_width} wide: heads must be 64 wide, up to ViT-L")
@@ -569,7 +574,7 @@ def activation_beside(path, config, given):
         "model_cfg.text_cfg.pool_type": "argmax", "preprocess_cfg.interpolation": "bicubic",
         "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD), "do_normalize": True,
         "image_mean": list(MEAN), "image_std": list(STD), "preprocess_cfg.resize_mode": "shortest",
-        "resample": 3, "rescale_factor": 1 / 255, "do_center_crop": True,       # 3: Pillow's bicubic
+        "resample": 3, "rescale_factor": 1 / 255, "do_center_crop": True, "size.height": None,  # 3: bicubic
     }
     stated = {}
     for name in ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"):
@@ -593,14 +598,14 @@ def activation_beside(path, config, given):
 
 def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     """A CLIP in float32 and eval mode, from one of OpenAI's names or weights of any known kind: a file or a
-    folder of OpenAI, open_clip, Hugging Face's CLIPModel, a trainer, or a run of ours. Runs nothing in it.
+    folder of OpenAI, open_clip, Hugging Face's CLIPModel, a trainer, or train.py. Runs nothing in it.
     image_size: pixels or (height, width); if not the checkpoint's, the positional grid is resized (bilinear).
-    activation: "quick_gelu" or "gelu", whatever the files say (none: quick_gelu). Raises FileNotFoundError or
-    ValueError."""
+    activation: "quick_gelu" or "gelu"; None: what the files say, quick_gelu if they say nothing. Raises
+    FileNotFoundError or ValueError."""
     path = find_file(name_or_path)
     content = read_file(path)
     with loading(path):
-        settings = content.get("settings", {})      # of a run of train.py, as are "trained" and "activation"
+        settings = content.get("settings", {})      # of a run of train.py
         if "trained" in content and "state_dict" not in content:
             raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
         weights = to_openai(content)

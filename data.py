@@ -1,4 +1,4 @@
-"""Data: readers of data sets, the image cache, augmentation, batches, and the drawn worlds.
+"""Data: readers of data sets, the image cache, augmentation, batches, and drawn toy data sets (worlds).
 
 A reader gives `Pairs`: image paths, captions, and which image each caption is about. All that follows is the
 same for every data set. Shapes: N images, M captions, B batch, L tokens, H x W pixels.
@@ -76,7 +76,7 @@ def pair_up(rows):
 
 
 def image_folder(root, names):
-    """Where the images lie: root, or a folder in it called images, imgs or *images, in any case."""
+    """Where the images lie: root, or a folder in it whose name ends in images or imgs, in any case."""
     beside = [path for path in root.glob("*") if path.name.lower().endswith(("images", "imgs"))]
     beside.sort(key=lambda path: (len(path.name), path.name))       # `images` before `old_images`
     for folder in [root, *beside]:
@@ -97,7 +97,7 @@ def choose_split(file, entries, split):
         name = posixpath.normpath(name.strip().replace("\\", "/"))      # from Windows; ./a.png is a.png
         before = known.setdefault(name, (meant, person))
         check(before == (meant, person), f"{where}: {name} has the split and person {meant, person}, "
-              f"but {before} further up")
+              f"but {before} in another place")
         if meant == split:
             rows += [(name, caption, person) for caption in captions]
     if not rows:
@@ -113,20 +113,24 @@ def read_precomp(root, split):
     `test_filename.txt` (caption k is about image k, each image in five lines) and the folder of images. train
     and val are the official split of the train files: shuffled with random.seed(2), the first 80 % train.
     """
-    part, per_name = ("test", 1) if split == "test" else ("train", 5)       # captions for each line of names
+    # the train file of names has a line for each image, the test file one for each caption
+    part, captions_per_line = ("test", 1) if split == "test" else ("train", 5)
     names_file, captions_file = Path(root) / f"{part}_filename.txt", Path(root) / f"{part}_caps.txt"
     if part == "test" and not names_file.exists() and not captions_file.exists():
         raise NoSplit(f"{root} has no {names_file.name} and no {captions_file.name}")
     names, captions = read_lines(names_file), read_lines(captions_file)
-    check(len(captions) == per_name * len(names), f"{captions_file} has {len(captions)} lines and "
-          f"{names_file.name} {len(names)}: {per_name} caption(s) for each name are expected")
+    check(len(captions) == captions_per_line * len(names), f"{captions_file} has {len(captions)} lines and "
+          f"{names_file.name} {len(names)}: {captions_per_line} caption(s) for each name are expected")
     order, words = list(range(len(names))), ["test"] * len(names)
     if part == "train":
         random.Random(2).shuffle(order)
         train_images = int(0.8 * len(names))
         words = ["train"] * train_images + ["val"] * (len(names) - train_images)
-    entries = [(f"{names_file}:{k + 1}", word, names[k], captions[per_name * k:per_name * (k + 1)], None)
-               for k, word in zip(order, words)]
+    entries = []
+    for k, word in zip(order, words):
+        first = captions_per_line * k
+        its_captions = captions[first:first + captions_per_line]
+        entries.append((f"{names_file}:{k + 1}", word, names[k], its_captions, None))
     return choose_split(names_file, entries, split)
 
 
@@ -146,7 +150,7 @@ def read_json(file, split, people=False):
         if isinstance(sentences, list):
             captions = [text.get("raw") if isinstance(text, dict) else text for text in sentences]
         name = item.get("filename") or item.get("file_path") or item.get("img_path")
-        if item.get("filepath") and isinstance(name, str):      # COCO's folder, such as val2014
+        if item.get("filepath") and isinstance(name, str):      # without _, COCO's folder, such as val2014
             name = f"{item['filepath']}/{name}"
         if people:
             check(str(item.get("id")).isdecimal(), f"{where}: the id {item.get('id')!r:.80} is no number")
@@ -196,7 +200,8 @@ def read_folder(root, split):
         is_header = n == 1 and fields and fields[0].lower() in header
         if line.strip() and not is_header:
             check(len(fields) in (2, 3), f"{file}:{n} is not image<TAB>caption[<TAB>split]: {line!r:.80}")
-            rows.append([f"{file}:{n}", *fields, ""][:4])
+            name, caption, word = fields if len(fields) == 3 else [*fields, ""]
+            rows.append((f"{file}:{n}", name, caption, word))
     split_of = {name: word for _, name, _, word in rows if word}
     free = sorted({name for _, name, _, _ in rows} - set(split_of))
     random.Random(2).shuffle(free)
@@ -236,11 +241,8 @@ def is_blank(pixels):
 
 
 def read_images(paths, size, cache):
-    """Images -> (uint8 (N, 3, H, W), mapped from a file in `cache`, {path: reason} of bad ones left out).
-
-    If some are bad the file is too short, and is made again each time, to name them again. (None, bad) if all
-    are bad.
-    """
+    """Image files -> (array, bad). array: uint8 (N, 3, H, W) of the N good ones in the order of paths, mapped
+    from a file in the folder `cache`; None if all are bad. bad: {path: reason}."""
     def attempt(path):
         try:
             return decode(path, size)
@@ -251,6 +253,7 @@ def read_images(paths, size, cache):
     states = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.isfile(path)]
     marks = [CACHE_VERSION, size] + [(path, state.st_size, state.st_mtime_ns) for path, state in states]
     file, bad = Path(cache) / (hashlib.sha256(repr(marks).encode()).hexdigest()[:20] + ".uint8"), {}
+    # a file for all paths says that none was bad; a shorter one is made again, to have the reasons again
     if not file.is_file() or file.stat().st_size != len(paths) * 3 * H * W:
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:      # a half-made file never has the name
@@ -288,7 +291,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        part = without(part, bad={})        # before reading: row n of the array is image n of this part
+        part = without(part, bad={})        # from here on the images keep their order, the array's
         images[split], bad_here = read_images(part.images, size, cache)
         caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
         bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}
@@ -313,9 +316,9 @@ AUGMENTATIONS = ("none", "crop", "aerial", "people")
 def erase(images):
     """Half of the images (B, 3, H, W) lose a box of 2 to 40 % of their area to CLIP's mean colour."""
     B, _, H, W = images.shape
-    area, aspect = 0.02 + 0.38 * torch.rand(B, 1, 1), 0.3 * 11 ** torch.rand(B, 1, 1)   # height / width
-    # so that h <= H and w <= W. differs from IRRA: it draws such a box anew
-    aspect = aspect.clamp(area * H / W, H / W / area)
+    area = 0.02 + 0.38 * torch.rand(B, 1, 1)
+    aspect = 0.3 * 11 ** torch.rand(B, 1, 1)        # height / width, 0.3 to 3.3, uniform in its logarithm
+    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: it draws again what does not fit
     h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)        # box: (B, H, W)
@@ -342,7 +345,7 @@ def augment(images, kind):
         zoom = (0.6 + 0.4 * torch.rand(B)).sqrt()
         shift = shift * (1 - zoom)[:, None]
     if kind == "people":
-        shift = (shift * 10.5).round() * 2 / torch.tensor([W, H])       # the coordinates run from -1 to 1
+        shift = (shift * 10.5).round() * 2 / torch.tensor([W, H])       # -10 to 10 pixels; a side is 2 long
     if kind in ("aerial", "people"):
         flip = torch.randint(0, 2, (B,)) * 2.0 - 1
     if kind == "aerial":
@@ -358,11 +361,11 @@ def augment(images, kind):
 
 # -------------------------------------------------------------------------------- batches
 
-def plan_batches(pairs, over, batch_size, epochs, seed, world=1):
+def plan_batches(pairs, over, batch_size, epochs, seed, processes=1):
     """The batches of all epochs in a row, int64 arrays of caption numbers; every epoch has equally many.
 
     over "captions": every caption once an epoch (the papers'). "images": every image once, with any caption.
-    Pairs that `world` processes cannot share are dropped, and a last batch of one pair: it has no negatives.
+    Pairs that the processes cannot share are dropped, and a last batch of one pair: it has no negatives.
     """
     plan = []
     for epoch in range(epochs):
@@ -373,18 +376,18 @@ def plan_batches(pairs, over, batch_size, epochs, seed, world=1):
             order = rng.permutation(order[first])       # of each image the caption that comes first
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
-            batch = batch[:len(batch) // world * world]
+            batch = batch[:len(batch) // processes * processes]
             if len(batch) >= 2:         # differs from the papers, whose last batch may be one pair
                 plan.append(batch)
     return plan
 
 
-def batches(pairs, images, tokens, plan, rank=0, world=1):
+def batches(pairs, images, tokens, plan, rank=0, processes=1):
     """Yield (images uint8 (B, 3, H, W), tokens (B, L), caption numbers (B,)) for each batch of a plan.
-    Process `rank` of `world` gets its contiguous part of each batch."""
+    Process `rank` of several gets its contiguous part of each batch."""
     image_of_caption = np.asarray(pairs.image_of_caption)
     for batch in plan:
-        rows = np.split(batch, world)[rank]
+        rows = np.split(batch, processes)[rank]
         yield torch.from_numpy(images[image_of_caption[rows]]), tokens[rows], torch.from_numpy(rows)
 
 
@@ -399,8 +402,9 @@ LANDS = {"green grass": (115, 170, 85), "brown field": (160, 122, 84), "yellow s
          "white snow": (228, 234, 242), "grey concrete": (165, 165, 162), "blue water": (75, 140, 195)}
 PLACES = [["at the left", "in the middle", "at the right"], ["at the top", "in the middle", "at the bottom"]]
 
-# A shape is parts, painted in turn: (paint, form, numbers) in tenths of its radius, x to the right, y down. A
-# box and an oval have their middle and two half sides. body, shade and light: tones of the thing's colour.
+# A shape is parts, painted in turn: (paint, form, numbers) in tenths of its radius, x to the right, y down.
+# poly: x, y of each corner; box, oval: x, y of the middle, half width, half height. body, shade and light are
+# tones of the thing's colour.
 FORMS = {"box": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
          "oval": np.stack([np.cos(np.arange(16) * np.pi / 8), np.sin(np.arange(16) * np.pi / 8)], axis=1)}
 SIDE = {
@@ -435,7 +439,8 @@ BACK = ["handbag", "skin", "shoes", "trousers", "coat", "hair", "backpack", "hat
 def photograph(rng, size, ground, wall, horizon, stamps, haze):
     """Draw stamps on a ground and, above the horizon, a wall -> image of size (H, W), in some light and haze.
 
-    A stamp is (shape, colour, x, y, radius, turn, flip): shares of W and H, an angle, and -1 to mirror.
+    A stamp is (shape, colour, x, y, radius, turn, flip): x is a share of W, y and radius of H; turn is an
+    angle in radians; flip is 1, or -1 to mirror.
     """
     H, W = 3 * size[0], 3 * size[1]         # drawn larger and then reduced: smooth edges
     image = Image.new("RGB", (W, H), ground)
@@ -517,7 +522,7 @@ def draw_person(rng, looks, view):
 def draw_world(root, view, train, val, test, seed):
     """Draw so many images of a view for each split; image i depends on (seed, i) alone.
 
-    Scenes and portraits are written as Karpathy's JSON; "camera", six images of each person, as RSTPReid's.
+    The annotations are RSTPReid's list, which Karpathy's reader takes too. "camera": six images of a person.
     """
     (root / "images").mkdir(parents=True)
     entries = []

@@ -4,9 +4,9 @@ Pure functions on features. Rows are pairs: row i of the image features belongs 
 Each function can be copied with the few lines that it calls; torch is all it needs. Similarities are cosines.
 Half-precision features are taken to float32 before they are compared.
 
-No loss clamps the temperature. In float32 exp(log 100) is 100.0000076, more than 100, so a clamp at 100
-inside a loss would have gradient 0 there for ever: a scale at its bound could never fall again. Instead
-train.py clips the parameter (the log of the scale) after each optimiser step.
+No loss clamps the scale (1 / temperature). In float32 exp(log 100) is 100.0000076, more than 100, so a clamp
+at 100 inside a loss would have gradient 0 there for ever: a scale at its bound could never fall again.
+Instead train.py clips the parameter (the log of the scale) after each optimiser step.
 
 Shapes: B pairs in the batch, D width of the joint space.
 """
@@ -37,7 +37,8 @@ def summed(parts):
 def contrastive_loss(image, text, scale, same=None):
     """Softmax over the batch in both directions, C = 1/2 [CE(scale s, i) + CE(scale s^T, i)], a mean over B.
 
-    image, text (B, D). scale: 1 / temperature, a number or a tensor with gradient; not clamped (see above).
+    s are the cosines; the target of row i is i. image, text (B, D).
+    scale: 1 / temperature, a number or a tensor with gradient; not clamped (see above).
     same (B, B) bool, optional: pairs off the diagonal where it is True are left out of the softmax.
     Equal similarities give log B.
     """
@@ -60,12 +61,12 @@ def hardest_hinge(x, y, margin, same=None):
     """
     s = cosine(x, y)                                                          # (B, B)
     positive = s.diag()                                                       # (B,)
-    no_negative = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    excluded = torch.eye(len(s), dtype=torch.bool, device=s.device)
     if same is not None:
-        no_negative = no_negative | same
-    over_x = (margin + s - positive[:, None]).clamp(min=0).masked_fill(no_negative, 0)     # rows: anchor x_i
-    over_y = (margin + s - positive[None, :]).clamp(min=0).masked_fill(no_negative, 0)     # columns: y_j
-    return over_x.amax(dim=1).sum() + over_y.amax(dim=0).sum()
+        excluded = excluded | same
+    hinge_x = (margin + s - positive[:, None]).clamp(min=0).masked_fill(excluded, 0)    # row i: anchor x_i
+    hinge_y = (margin + s - positive[None, :]).clamp(min=0).masked_fill(excluded, 0)    # column j: anchor y_j
+    return hinge_x.amax(dim=1).sum() + hinge_y.amax(dim=0).sum()
 
 
 def hmmc_loss(image, text, image2, text2, margin=0.2, same=None):

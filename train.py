@@ -10,7 +10,7 @@ A run is a folder: best.pt (best epoch on val), last.pt (to resume), curve.png, 
 The random numbers of a step depend on (seed, step, process) alone: with the same processes, device and
 precision a resumed run ends as an unbroken one.
 
-Shapes: B pairs in the batch, L tokens, C width of a tower, D width of the joint space.
+Shapes: B pairs in the batch (of one process, up to `gather`), L tokens, C width of a tower, D joint width.
 """
 import argparse
 import dataclasses
@@ -35,14 +35,14 @@ import data
 import eval
 import losses
 
-FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # sizes without weights: BPE merges learned from captions
+FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # models without weights: merges to learn from the captions
 VIEW_DROPOUT = 0.2      # on the tokens of HMMC's second view (PE-RSITR); --dropout is the adapter's own
 SDM_SCALE = 50.0        # 1 / temperature of SDM (IRRA)
 CHECKPOINT_SECONDS = 600
 METHOD_SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")
 FROM_INIT = ("model", "image_size", "activation", "method", *METHOD_SIZES)      # settings that --init brings
 MAY_CHANGE = ("resume", "out", "data_root", "device", "precision", "grad_checkpointing")    # at --resume
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's processes
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
 
 # ------------------------------------------------------------------------------------------- 1. settings
@@ -56,10 +56,10 @@ PEOPLE = dict(model="ViT-B/16", image_size=(384, 128), method="prompts", loss="s
               epochs=10, batch_size=64, lr=3e-4, schedule="cosine", warmup=1.0, weight_decay=4e-5)
 TOY = dict(model="toy", batch_size=64, schedule="cosine", warmup=1.0, epoch_over="images", epochs=12)
 TOY_PEOPLE = PEOPLE | dict(model="toy", image_size=(96, 48), augment="none", epochs=5)
-RECIPES = {     # for (kind of data, whether CLIP itself learns), over PE_RSITR
+RECIPES = {     # (kind of data, whether CLIP itself learns): what differs from PE_RSITR
     ("retrieval", False): {},       # the first paper's own
     ("retrieval", True): dict(lr=1e-5),         # ours, as are the toy recipes
-    ("people", False): PEOPLE,      # stage 1, our choice: the second paper's could not be read
+    ("people", False): PEOPLE,      # stage 1, our choice: the second paper's text was not at hand
     ("people", True): PEOPLE | dict(loss="sdm+id", epochs=60, lr=1e-5, warmup=5.0),     # IRRA's, for stage 2
     ("toy-retrieval", False): TOY | dict(loss="hmmc-softmax", lr=5e-3),
     ("toy-retrieval", True): TOY | dict(loss="contrastive", lr=5e-4),
@@ -126,13 +126,19 @@ def make_parser():
 def parse(argv):
     """Settings from the command line: the flags given, the rest from an earlier run or from the recipe."""
     args = make_parser().parse_args(argv)
+    if args.image_size:
+        if len(args.image_size) > 2 or min(args.image_size) < 1:
+            raise ValueError(f"--image-size {args.image_size}: give pixels, or height and width")
+        args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
+    if args.model and args.model not in clip.SIZES and os.path.exists(args.model):
+        args.model = os.path.abspath(args.model)        # a run may be used from another folder later
     given = {name: value for name, value in vars(args).items() if value is not None}
     earlier = {}                                        # settings that an earlier run brings
     if args.resume:
         last = Path(args.out or "") / "last.pt"
         if not last.exists():
             raise ValueError(f"there is no {last} to resume: --out is the folder of the run")
-        earlier = clip.read_file(last)["settings"] | {"device": None}
+        earlier = clip.read_file(last)["settings"] | {"device": None}       # it may go on on another machine
     elif args.init:
         settings = clip.read_file(args.init).get("settings")
         if settings is None:
@@ -149,18 +155,12 @@ def parse(argv):
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
                              "leave the flag out")
     args.dataset = args.dataset or "toy-aerial"
-    vars(args).update(recipe(args) | earlier | given)
+    vars(args).update(recipe(args) | earlier | given)   # the last one decides
     if args.resume:
         return args                                     # checked when it began
-    if isinstance(args.image_size, list):
-        if len(args.image_size) > 2 or min(args.image_size) < 1:
-            raise ValueError(f"--image-size {args.image_size}: give pixels, or height and width")
-        args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
-    if os.path.exists(args.model):
-        args.model = os.path.abspath(args.model)        # a run may be used from another folder later
-    limits = dict(epochs=1, batch_size=2 * WORLD, lr=1e-12, margin=1e-6, warmup=0, weight_decay=0, seed=0)
+    limits = dict(epochs=1, batch_size=2 * PROCESSES, lr=1e-12, margin=1e-6, warmup=0, weight_decay=0, seed=0)
     for name, least in limits.items():
-        if not least <= getattr(args, name) < 2 ** 31:      # true of NaN too
+        if not least <= getattr(args, name) < 2 ** 31:      # so written, it refuses NaN too
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more is needed")
     if args.train == "method" and (args.method == "none" or args.model in FROM_SCRATCH):
         raise ValueError(f"--train method with --model {args.model} --method {args.method}: a method needs a "
@@ -211,7 +211,7 @@ def compute_loss(args, image, text, scale, same, person, classifier):
 
 def choose_what_learns(model, train, loss):
     """Set requires_grad. train "method": the method's parameters; "backbone": all but them; "all": every one.
-    Where CLIP learns, its temperature does only under a softmax loss: the others have none or a fixed one."""
+    Where CLIP learns, its temperature does only under a loss that uses it: SDM's is fixed, HMMC has none."""
     for name, parameter in model.named_parameters():
         of_method = name in model.method_parameters
         learns = {"method": of_method, "backbone": not of_method, "all": True}[train]
@@ -226,7 +226,8 @@ def make_optimizer(learned, args):
     groups = {}
     for name, parameter in learned.items():
         # differs from IRRA: decoupled decay, and none on the weights of LayerNorms
-        decay, factor = args.weight_decay if parameter.ndim >= 2 else 0.0, 1
+        decay = args.weight_decay if parameter.ndim >= 2 else 0.0
+        factor = 1
         if args.loss.startswith("sdm") and args.train != "method":
             if name.startswith("classifier"):
                 factor = 5
@@ -242,8 +243,8 @@ def learning_rate(args, step, steps_per_epoch):
     total = args.epochs * steps_per_epoch
     warmup = min(args.warmup * steps_per_epoch, total)
     if step < warmup:       # differs from IRRA: step by step from 0, there epoch by epoch from a tenth
-        return args.lr * (step + 1) / warmup
-    if args.schedule == "step":
+        return args.lr * min((step + 1) / warmup, 1)
+    if args.schedule == "step":     # PE-RSITR's, once
         return 0.7 * args.lr if step >= 19 * steps_per_epoch else args.lr
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
@@ -287,19 +288,19 @@ def start_processes(device):
 
 
 def gather(x):
-    """The rows of this process (B / WORLD, ...) -> those of all (B, ...), with gradients to its own rows.
+    """The rows of this process (B / PROCESSES, ...) -> those of all (B, ...), with gradients to its own rows.
 
-    Each process computes the loss of the whole batch, but has gradients through its own rows alone. A sum
-    over processes would be right for the towers, yet WORLD times too much for the temperature and the
-    classifier, which each process sees whole. So the mean is taken, and rows count WORLD times.
+    Each process computes the loss of the whole batch, and the gradients are then averaged. That is right for
+    the temperature and the classifier, whose whole gradient each process has. But a row has its gradient in
+    one process alone, so it is multiplied by their number here, and the mean restores it.
     """
-    if WORLD == 1:
+    if PROCESSES == 1:
         return x
-    rows = [torch.empty_like(x) for _ in range(WORLD)]
+    rows = [torch.empty_like(x) for _ in range(PROCESSES)]
     dist.all_gather(rows, x.detach().contiguous())
     if x.requires_grad:
         rows[RANK] = x.view_as(x)                   # a view, so that the hook is on this use of x alone
-        rows[RANK].register_hook(lambda gradient: gradient * WORLD)
+        rows[RANK].register_hook(lambda gradient: gradient * PROCESSES)
     return torch.cat(rows)
 
 
@@ -342,7 +343,7 @@ def train(args):
     """One run, from its settings to its test: leaves the run's folder, returns the rows of its table."""
     # processes, device, seed
     args.device = args.device or ("cuda" if "cuda" in eval.DEVICES else "cpu")
-    if WORLD > 1 and not dist.is_initialized():
+    if PROCESSES > 1 and not dist.is_initialized():
         start_processes(args.device)
     args.precision = args.precision or ("bf16" if fast_bf16(args.device) else "fp32")
     if args.model == "toy":
@@ -359,19 +360,20 @@ def train(args):
     model, tokenizer, fingerprint = build(args, pairs["train"].captions)
     pairs, images, load_notes = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
     notes += load_notes
-    if RANK == 0 and WORLD > 1:
+    if RANK == 0 and PROCESSES > 1:
         dist.barrier()
     for split, part in pairs.items():
         notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
     tokens = tokenizer(pairs["train"].captions, model.config.context_length)    # (captions, L)
-    plan = data.plan_batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed, WORLD)
+    plan = data.plan_batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed,
+                             PROCESSES)
     if not plan:
         raise ValueError(f"{len(tokens)} captions of {len(images['train'])} images are too few to train on: "
-                         f"a batch needs two pairs for each of the {WORLD} processes")
+                         f"a batch needs two pairs, and one for each of the {PROCESSES} processes")
     _, text_ids = tokens.unique(dim=0, return_inverse=True)             # equal captions share a number
-    group_ids = torch.tensor(pairs["train"].image_of_caption)           # those of one image share a number
+    owner_ids = torch.tensor(pairs["train"].image_of_caption)           # captions of one image share a number
     if pairs["train"].ids:
-        group_ids = torch.tensor(pairs["train"].ids)[group_ids]         # those of one person
+        owner_ids = torch.tensor(pairs["train"].ids)[owner_ids]         # captions of one person
     counts = ", ".join(f"{len(part.images)} {split}" for split, part in pairs.items())
     tqdm.write(f"data    {args.dataset}: {counts} images, {len(tokens)} train captions")
 
@@ -383,7 +385,7 @@ def train(args):
     classifier = None
     if args.loss == "sdm+id":       # learns too, is no part of the model, and is left behind after training
         width = eval.encode_texts(model, tokens[:1]).shape[1]
-        classifier = nn.Linear(width, int(group_ids.max()) + 1, device=args.device)
+        classifier = nn.Linear(width, int(owner_ids.max()) + 1, device=args.device)
         nn.init.normal_(classifier.weight, std=0.001)
         nn.init.zeros_(classifier.bias)
         learned |= {f"classifier.{name}": p for name, p in classifier.named_parameters()}
@@ -391,11 +393,11 @@ def train(args):
         hold_frozen_in_bf16(model)
     optimizer = make_optimizer(learned, args)
     tqdm.write(f"model   {args.trained_parameters:,} of {args.total_parameters:,} parameters learn; "
-               f"{args.activation}, {args.image_size} px, {args.precision} on {args.device} x {WORLD}")
+               f"{args.activation}, {args.image_size} px, {args.precision} on {args.device} x {PROCESSES}")
 
     # where to begin: at step 0, or at the last checkpoint; steps: of one epoch
     steps, step, history, sums = len(plan) // args.epochs, 0, [], {}
-    captions = repr((pairs["train"].captions, group_ids.tolist()))
+    captions = repr((pairs["train"].captions, owner_ids.tolist()))
     origin = dict(steps=steps, clip=fingerprint, captions=hashlib.sha256(captions.encode()).hexdigest())
     if args.resume:
         last = clip.read_file(out / "last.pt")
@@ -417,7 +419,7 @@ def train(args):
     # the loop
     views = 2 if args.loss.startswith("hmmc") else 1
     saved_at = time.time()
-    loader = data.batches(pairs["train"], images["train"], tokens, plan[step:], RANK, WORLD)
+    loader = data.batches(pairs["train"], images["train"], tokens, plan[step:], RANK, PROCESSES)
     model.train()
     for pixels, texts, numbers in tqdm(loader, "step", len(plan), initial=step, leave=False,
                                        disable=True if RANK > 0 else None):
@@ -432,25 +434,25 @@ def train(args):
             text = encode(model.text, texts, views)
         image, text = [gather(view) for view in image], [gather(view) for view in text]
         numbers = gather(numbers.to(args.device)).cpu()                             # (B,) numbers of captions
-        group, text_id = group_ids[numbers].to(args.device), text_ids[numbers].to(args.device)
+        owner, words = owner_ids[numbers].to(args.device), text_ids[numbers].to(args.device)
         same = None
         if args.mask_same:
-            same = (group[:, None] == group) | (text_id[:, None] == text_id)                  # (B, B)
-        loss, parts = compute_loss(args, image, text, model.logit_scale.exp(), same, group, classifier)
+            same = (owner[:, None] == owner) | (words[:, None] == words)                      # (B, B)
+        loss, parts = compute_loss(args, image, text, model.logit_scale.exp(), same, owner, classifier)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for p in learned.values() if p.grad is not None]    # None: not used by the loss
-        if WORLD > 1:
+        if PROCESSES > 1:
             for gradient in gradients:              # the mean over the processes
                 dist.all_reduce(gradient)
-                gradient /= WORLD
+                gradient /= PROCESSES
         norms = torch.stack([gradient.norm() for gradient in gradients])
         if not (loss.isfinite() and norms.isfinite().all()):
             raise ValueError(f"loss {loss.item()}, or its gradient, is not finite at step {step}; in a new "
                              f"run try --lr {args.lr / 3:.1g}, or --precision fp32")
         optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))         # as CLIP: the temperature is 0.01 or more
+        if model.logit_scale.requires_grad:                     # as CLIP: the scale is at most 100
+            model.logit_scale.data.clamp_(max=math.log(100))
         for name, value in {"loss": loss, **parts}.items():
             sums[name] = sums.get(name, 0.0) + value.item()
         step += 1
@@ -458,7 +460,8 @@ def train(args):
         if step % steps == 0:
             epoch = step // steps
             row = dict(epoch=epoch, step=step, lr=lr) | {name: total / steps for name, total in sums.items()}
-            sums, best, shown = {}, True, ["loss", *parts]      # without val the last epoch is taken
+            sums, shown = {}, ["loss", *parts]
+            best = True                                 # without val the last epoch is taken
             if "val" in pairs:
                 metrics = eval.evaluate(model, tokenizer, pairs["val"], images["val"], args.precision)
                 model.train()
@@ -468,7 +471,7 @@ def train(args):
                 shown.append(score)
             history.append(row)
             if RANK == 0 and best:
-                # trained: the tensors of the method, also in stage 2, where they are fixed
+                # trained: the method's tensors, also in stage 2, where they are fixed
                 content = dict(settings=vars(args), trained=adapters.trainable_state(model), epoch=epoch,
                                merges=tokenizer.merges, activation=args.activation, fingerprint=fingerprint)
                 if args.train != "method":          # CLIP's own weights only if they learned
@@ -511,9 +514,8 @@ def test(args, pairs, images, history, seconds):
                f"{tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"
                f"curve: {args.out}/curve.png; next: python eval.py {args.out} --split {split}")
     eval.plot_curve(history, Path(args.out) / "curve.png")
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30            # 0 without a GPU
-    content = dict(settings=vars(args), split=split, minutes=seconds / 60, memory_gb=memory,
-                   total_parameters=total, rows=rows, history=history)
+    content = dict(settings=vars(args), split=split, minutes=seconds / 60, total_parameters=total,
+                   rows=rows, history=history)
     (Path(args.out) / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return rows
 
@@ -536,7 +538,7 @@ def make_toy_clip(args):
 
 
 def tour():
-    """`python train.py` alone: the paper's argument in miniature, as three ordinary runs."""
+    """`python train.py` alone: the paper's argument in miniature. The first run makes the toy CLIP."""
     rows = train(parse(["--method", "mrs", "--bottleneck", "128", "--dropout", "0.1"]))
     rows += train(parse(["--train", "backbone"]))[-1:]
     if RANK == 0:

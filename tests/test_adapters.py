@@ -228,14 +228,6 @@ def test_ssf_scales_and_shifts_patch_embedding_and_last_layernorms():
         assert torch.equal(part(x), part.ssf.gamma * part.inner(x) + part.ssf.beta)
 
 
-def test_prompts_of_length_0_are_plain_clip():
-    model = plain()
-    before = features(model)
-    for tower, width in ((model.visual, 192), (model.text, 128)):
-        tower.transformer = Prompted(tower.transformer, 0, width)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(features(model), before))
-
-
 def test_words_see_the_prompts_and_sot_does_not():
     block = plain().text.transformer.resblocks[0]
     x = torch.randn(2, 7, 128)

@@ -302,6 +302,7 @@ def refused(path, match):
     ("open_clip_config", {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, r"cfg.mean \[0.5, .*only \[0.48"),
     ("open_clip_config", {"preprocess_cfg": {"resize_mode": "squash"}}, "'squash': only 'shortest'"),
     ("preprocessor_config", {"do_normalize": False}, "do_normalize False"),
+    ("preprocessor_config", {"size": {"height": 32, "width": 32}}, "size.height 32: only None"),
     ("processor_config", {"image_processor": {"image_std": [0.5, 0.5, 0.5]}}, r"image_std \[0.5")])
 def test_a_file_beside_the_weights_gives_the_activation_or_is_refused(tmp_path, file, content, expected):
     torch.save(random_clip().openai_state_dict(), tmp_path / "best.pt")

@@ -339,12 +339,12 @@ def test_a_last_batch_of_one_is_dropped_and_what_processes_cannot_share(n, world
     assert [len(rows) for rows in data.plan_batches(pairs, "captions", 3, 1, 0, world)] == sizes
 
 
-def collect(start, stop, rank=0, world=1):
+def collect(start, stop, rank=0, processes=1):
     images = np.arange(4, dtype=np.uint8).repeat(12).reshape(4, 3, 2, 2)
     pairs = data.Pairs(list("abcd"), ["x"] * 10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3])
     tokens, seen = torch.arange(10)[:, None], []
-    plan = data.plan_batches(pairs, "captions", 4, epochs=3, seed=0, world=world)
-    for pixels, text, rows in data.batches(pairs, images, tokens, plan[start:stop], rank, world):
+    plan = data.plan_batches(pairs, "captions", 4, epochs=3, seed=0, processes=processes)
+    for pixels, text, rows in data.batches(pairs, images, tokens, plan[start:stop], rank, processes):
         assert text[:, 0].tolist() == rows.tolist() and pixels.dtype == torch.uint8
         assert pixels[:, 0, 0, 0].tolist() == [pairs.image_of_caption[m] for m in rows]
         seen.append(rows.tolist())
@@ -356,7 +356,7 @@ def test_batches_go_through_the_epochs_may_start_anywhere_and_are_shared():
     assert [len(rows) for rows in whole] == [4, 4, 2] * 3 and whole[:3] != whole[3:6]
     assert all(sorted(sum(whole[n:n + 3], [])) == list(range(10)) for n in (0, 3, 6))
     assert collect(4, 8) == whole[4:8] and collect(6, 9) == whole[6:] and collect(9, 9) == []
-    halves = zip(collect(0, 6, rank=0, world=2), collect(0, 6, rank=1, world=2))
+    halves = zip(collect(0, 6, 0, processes=2), collect(0, 6, 1, processes=2))
     assert [first + second for first, second in halves] == whole[:6]       # contiguous parts, one a process
 
 

@@ -335,6 +335,8 @@ def test_warm_up_then_cosine():
     args = train.parse(["--epochs", "4", "--lr", "1", "--warmup", "1", "--schedule", "cosine"])
     rates = [train.learning_rate(args, step, 2) for step in range(8)]
     assert rates == pytest.approx([0.5, 1.0] + [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])
+    args.warmup = 0.25                      # half a step
+    assert train.learning_rate(args, 0, 2) == 1.0
 
 
 def test_two_views_in_one_forward_are_two_forwards():
@@ -392,6 +394,8 @@ def test_mistakes_with_folders_of_runs(world, people, tmp_path, capsys):
     assert "there is no" in error_of(capsys, "--resume", "--out", folder / "scrach")
     assert "has 0.001, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--lr", "1")
     assert "has precomp, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--dataset", "toy-aerial")
+    again = train.parse(["--resume", "--out", str(people[0] / "stage1"), "--image-size", "96", "48"])
+    assert (again.image_size, again.loss) == ((96, 48), "sdm")      # a flag may be repeated as it was
     args = train.parse(["--init", str(people[0] / "stage1"), "--train", "backbone"])
     assert (args.dataset, args.data_root) == ("RSTPReid", str(people[0] / "people"))    # that run's data
     assert "--method" in error_of(capsys, *people[1], "--init", people[0] / "stage1", "--method", "mrs")
