@@ -240,15 +240,22 @@ def is_blank(pixels):
     return bool((pixels == pixels[:, :1, :1]).all() or pixels.max() <= 1 or (pixels == 255).mean() > 0.97)
 
 
-def read_images(paths, size, cache):
-    """Image files -> (array, bad). array: uint8 (N, 3, H, W) of the N good ones in the order of paths, mapped
-    from a file in the folder `cache`; None if all are bad. bad: {path: reason}."""
+def decode_all(paths, size):
+    """Yield (path, its pixels or the ValueError) for image files, in their order, decoded by threads."""
     def attempt(path):
         try:
             return decode(path, size)
         except ValueError as error:
             return error
 
+    with ThreadPoolExecutor() as pool:
+        results = tqdm(pool.map(attempt, paths), "reading images", len(paths), leave=False, disable=None)
+        yield from zip(paths, results)
+
+
+def read_images(paths, size, cache):
+    """Image files -> (array, bad). array: uint8 (N, 3, H, W) of the N good ones in the order of paths, mapped
+    from a file in the folder `cache`; None if all are bad. bad: {path: reason}."""
     H, W = (size, size) if isinstance(size, int) else size
     states = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.isfile(path)]
     marks = [CACHE_VERSION, size] + [(path, state.st_size, state.st_mtime_ns) for path, state in states]
@@ -258,9 +265,8 @@ def read_images(paths, size, cache):
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:      # a half-made file never has the name
             draft = Path(folder) / "draft"
-            with open(draft, "wb") as out, ThreadPoolExecutor() as pool:
-                for path, result in zip(paths, tqdm(pool.map(attempt, paths), "reading images", len(paths),
-                                                    leave=False, disable=None)):
+            with open(draft, "wb") as out:
+                for path, result in decode_all(paths, size):
                     if isinstance(result, ValueError):
                         bad[path] = str(result)
                     else:

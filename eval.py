@@ -6,18 +6,16 @@
     python eval.py runs/x --query "two boats" --gallery photos     search a folder, or the run's data set
 
 R@K: percentage of queries with a right item in the top K. Retrieval: each image ranks all captions (i2t) and
-each caption all images (t2i). Re-identification: each caption ranks all images; its person's are right.
-Shapes: N images, M captions, Q queries, G gallery items, B queries of one chunk, D joint width.
+each caption all images (t2i). Re-identification: each caption ranks all images; all of its person are right.
+Shapes: N images, M captions, Q queries, G gallery items, B queries of one chunk, D joint width, L tokens.
 """
 import argparse
 import glob
 import hashlib
 import json
 import os
-import statistics
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +34,18 @@ if torch.cuda.is_available():
     DEVICES += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
 if torch.backends.mps.is_available():
     DEVICES.append("mps")
-INCIDENTAL = ("seed", "out", "resume", "device", "data_root")       # may differ in runs of one row
+INCIDENTAL = ("seed", "out", "resume", "device", "data_root")       # may differ in runs of one row of --table
 
 
 # ------------------------------------------------------------------------------------ metrics
 
-def recalls(similarity, query_ids, gallery_ids, name):
-    """{name + k: percent of queries with a right item, one with their id, in the top k}, for k = 1, 5 and 10.
+def recalls(similarity, query_ids, gallery_ids, prefix):
+    """{prefix + k: percent of queries with a right item, one of the same id, in the top k}, for k = 1, 5, 10.
 
-    Equal captions tie exactly, so a tie counts at its expected value under random order: a collapsed model
-    gets chance, not 100 or 0. The best right item of a query has `above` items of a higher score before it
-    and is one of `tied` items of its score, `right_tied` of them right. The top k holds k - above of these:
-    all wrong with probability prod_{n < k - above} (tied - right_tied - n) / (tied - n).
+    A tie counts at its expected value under random order: a collapsed model gets chance, not 100 or 0. The
+    best right item of a query has `above` items of a higher score before it and is one of `tied` items of
+    its score, `right_tied` of them right. These fill the other k - above places of the top k, one by one: all
+    are wrong with probability prod_{n < k - above} (tied - right_tied - n) / (tied - n).
     """
     shape = len(query_ids), len(gallery_ids)
     if similarity.shape != shape or 0 in shape:
@@ -67,10 +65,10 @@ def recalls(similarity, query_ids, gallery_ids, name):
         for k in hits:
             miss = torch.ones(len(ids)).double()        # probability that the top k holds no right item
             for n in range(k):
-                wrong = (tied - right_tied - n).clamp(min=0) / (tied - n).clamp(min=1)
+                wrong = (tied - right_tied - n).clamp(min=0) / (tied - n).clamp(min=1)      # 0: none is left
                 miss = torch.where(above + n < k, miss * wrong, miss)
             hits[k] += (1 - miss).sum().item()
-    return {f"{name}{k}": 100 * hit / len(similarity) for k, hit in hits.items()}
+    return {f"{prefix}{k}": 100 * hit / len(similarity) for k, hit in hits.items()}
 
 
 def retrieval_metrics(similarity, image_of_caption):
@@ -94,8 +92,8 @@ def reid_metrics(similarity, query_ids, gallery_ids):
 
     similarity (Q, G): captions x images; an image with the id of the caption is right: ids (Q,) and (G,).
     With right images at ranks r_1 < ... < r_P, Rank-k is [r_1 <= k], AP the mean of j / r_j (Market-1501),
-    INP is P / r_P (arXiv 2001.04193). mAP and mINP break ties by one fixed random order of the gallery: in
-    the file, a person's images are neighbours, and a collapsed model would gain. Errors as in `recalls`.
+    INP is P / r_P (arXiv 2001.04193). Unlike Rank-k, mAP and mINP break ties by one fixed random order of the
+    gallery; a file has a person's images together, which would favour a collapsed model. Errors: `recalls`.
     """
     similarity = torch.as_tensor(similarity).float().cpu()
     query_ids, gallery_ids = torch.as_tensor(query_ids).cpu(), torch.as_tensor(gallery_ids).cpu()
@@ -128,9 +126,8 @@ def chance(pairs):
 
 
 def headline(metrics):
-    """The one figure that chooses the best epoch and orders the tables -> (name, value)."""
-    name = "mR" if "mR" in metrics else "R1"
-    return name, metrics[name]
+    """Name of the figure that chooses the best epoch and orders the tables."""
+    return "mR" if "mR" in metrics else "R1"
 
 
 # ------------------------------------------------------------------------------------ encoding
@@ -154,7 +151,7 @@ def encode_images(model, images, batch_size=128):
 @torch.no_grad()
 def encode_texts(model, tokens, batch_size=256):
     """Token ids (M, L) -> unit features (M, D), float32 on the CPU. Each distinct caption is encoded once."""
-    lengths = tokens.count_nonzero(dim=1)[:, None]      # in front, as unique sorts: batches of like length
+    lengths = tokens.count_nonzero(dim=1)[:, None]      # in front, as unique then sorts by them
     rows, row_of_caption = torch.cat([lengths, tokens], dim=1).unique(dim=0, return_inverse=True)
     features = []
     for batch in tqdm(rows[:, 1:].split(batch_size), "encoding captions", leave=False, disable=None):
@@ -180,15 +177,15 @@ def caption_notes(tokenizer, captions, context_length, split):
     """What a user should know about captions that are too long -> list of no or one line."""
     texts = [tuple(tokenizer.encode(caption)) for caption in captions]
     cut = sum(len(ids) > context_length for ids in texts)
-    equal = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})      # what is left before EOT
-    note = f"{split}: {cut} captions exceed {context_length} tokens and are cut, {equal} to those of another"
+    merged = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})     # what is left before EOT
+    note = f"{split}: {cut} captions exceed {context_length} tokens and are cut; {merged} then equal another"
     return [note] if cut else []
 
 
 # ------------------------------------------------------------------------------------ runs, tables, curve
 
 def fingerprint(model):
-    """16 hex digits that tell one set of weights from another, CLIP's own and a method's."""
+    """16 hex digits that tell weights, CLIP's own and a method's, from others, by 1024 values of a tensor."""
     digest = hashlib.sha256()
     tensors = model.openai_state_dict() | adapters.trainable_state(model)
     for name in sorted(tensors):
@@ -200,19 +197,18 @@ def fingerprint(model):
 def load_run(name, device="cpu", image_size=None, activation=None, weights=None):
     """A run of train.py at its best epoch, or plain CLIP -> (model, tokenizer, settings).
 
-    name: a run's folder or best.pt, or what clip.load_clip takes. image_size, activation: other than its own.
-    weights: where the CLIP that a run's method was trained on is now, if it was moved. settings of a run:
-    train.py's, "epoch" and "fingerprint" (of CLIP without the method); of plain CLIP {"precision": "fp32"}.
-    FileNotFoundError, or ValueError for a damaged file, a CLIP or a tokenizer that does not fit.
+    name: a run's folder or best.pt, or what clip.load_clip takes. image_size, activation: of plain CLIP.
+    weights: where the CLIP of a run's method is now, if moved. settings: those of train.py, "epoch" and
+    "fingerprint" (of CLIP without the method). FileNotFoundError or ValueError if anything does not fit.
     """
     saved = {} if name in clip.URLS else clip.read_file(name)
-    is_run, source = "trained" in saved, name
+    is_run = "trained" in saved
+    method_alone = is_run and "state_dict" not in saved
     settings = dict(saved["settings"]) if is_run else {"precision": "fp32"}
-    if is_run and "state_dict" not in saved:            # a method alone: its CLIP lies elsewhere
-        source = weights or settings["model"]
-        if source not in clip.URLS and not Path(source).exists():
-            raise FileNotFoundError(f"{name} was trained on {source}, which is not there: give --model FILE")
-    elif weights:
+    source = (weights or settings["model"]) if method_alone else name           # where its CLIP lies
+    if method_alone and source not in clip.URLS and not Path(source).exists():
+        raise FileNotFoundError(f"{name} was trained on {source}, which is not there: give --model FILE")
+    if weights and not method_alone:
         raise ValueError(f"{name} is a CLIP or holds one: leave out --model {weights}")
     image_size = image_size or settings.get("image_size")
     model = clip.load_clip(source, image_size, activation=activation or settings.get("activation"))
@@ -222,7 +218,7 @@ def load_run(name, device="cpu", image_size=None, activation=None, weights=None)
                          f"{tokenizer.vocab_size}; added tokens and other tokenizers are not known here")
     if is_run:
         settings |= {"epoch": saved["epoch"], "fingerprint": fingerprint(model)}
-        if source != name and settings["fingerprint"] != saved["fingerprint"]:
+        if method_alone and settings["fingerprint"] != saved["fingerprint"]:
             raise ValueError(f"{name} was trained on other weights than those in {source}")
         adapters.add_method(model, settings["method"], **settings["sizes"])
         adapters.load_trainable(model, saved["trained"])
@@ -237,16 +233,16 @@ def label(settings):
     names = {"method": method, "backbone": f"full fine-tuning with fixed {method}",
              "all": f"full fine-tuning and {method} at once"}
     name = "full fine-tuning" if method == "none" else names[settings["train"]]
-    if settings["model"] in clip.SIZES and settings["model"] not in clip.URLS:
+    if settings["model"] in clip.SIZES and settings["model"] not in clip.URLS:      # no weights to start from
         name = "from scratch"
     return f"{name}, {settings['loss']}" + (", same masked" if settings.get("mask_same") else "")
 
 
-def table(rows, heads=()):
+def table(rows, more_heads=()):
     """Markdown table, its columns lined up for a terminal too. rows: (label, trained parameters or None,
-    share in percent or None, metrics, a string for each head)."""
+    share in percent or None, metrics, a string for each of more_heads)."""
     names = [name.replace("_", " ") if name.endswith("R@1") else name.split("_")[-1] for name in rows[0][3]]
-    lines = [["", "trained", "share", *names, *heads]]
+    lines = [["", "trained", "share", *names, *more_heads]]
     for name, trained, share, metrics, *cells in rows:
         size = ["", ""] if trained is None else [f"{trained:,}".replace(",", " "), f"{share:.2f} %"]
         lines.append([name, *size, *(f"{value:.2f}" for value in metrics.values()), *cells])
@@ -260,57 +256,58 @@ def table(rows, heads=()):
 
 
 def run_tables(names):
-    """Markdown of finished runs, folders with a metrics.json: a table for each data set, the best run last.
-    Runs that differ in INCIDENTAL settings alone are one row: means, and the standard deviation of mR, R1."""
-    groups = {}         # {(data set, the settings that runs share, or a row they started from): rows}
-    for file in sorted({file for name in names for file in glob.glob(f"{name}/metrics.json")}):
-        with clip.loading(file):
-            run = json.loads(Path(file).read_text(encoding="utf-8"))
-            settings, rows = run["settings"], run["rows"]
-            own = rows.pop()                # the others: chance, and what the run started from
-            dataset = f"{settings['dataset']} {run['split']} {Path(settings['data_root'] or '').name}"
-        for row in rows:                    # equal in many runs, and then one row
-            groups[dataset, json.dumps(row)] = [row]
-        shared = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-        shared["init"] = bool(settings.get("init"))     # each seed may start from its own run
-        own[0] += f" ({Path(file).parent.name})"
-        groups.setdefault((dataset, json.dumps(shared, sort_keys=True)), []).append(own)
+    """Markdown of finished runs, folders with a metrics.json: a table for each data set, the best run last. A
+    row has the means of runs that differ in INCIDENTAL settings or --init's folder, and std of mR or R1."""
+    groups = {}         # {(data set, settings that runs share, or a row they began with): {file: row}}
+    for name in names:
+        for file in sorted(Path(path).resolve() for path in glob.glob(f"{name}/metrics.json")):
+            with clip.loading(file):
+                run = json.loads(file.read_text(encoding="utf-8"))
+                settings = run["settings"]
+                *starts, own = run["rows"]          # starts: chance, and what the run began with
+                dataset = f"{settings['dataset']} {run['split']} {Path(settings['data_root'] or '').name}"
+            for row in starts:                      # equal in many runs, and then one row
+                groups[dataset, json.dumps(row)] = {file: row}
+            shared = {key: value for key, value in settings.items() if key not in INCIDENTAL}
+            shared["init"] = bool(settings.get("init"))
+            own[0] += f" ({file.parent.name})"
+            groups.setdefault((dataset, json.dumps(shared, sort_keys=True)), {})[file] = own
     if not groups:
         raise ValueError(f"no finished run (a folder with train.py's metrics.json) in {', '.join(names)}")
     tables = {}
-    for (dataset, _), rows in groups.items():
+    for (dataset, _), row_of_file in groups.items():
+        rows = list(row_of_file.values())
         name, trained, share, metrics = rows[0]
-        mean = {key: statistics.fmean(row[3][key] for row in rows) for key in metrics}
-        values = [headline(row[3])[1] for row in rows]
-        std = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        mean = {key: np.mean([row[3][key] for row in rows]) for key in metrics}
+        values = [row[3][headline(metrics)] for row in rows]
+        std = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         tables.setdefault(dataset, []).append((name, trained, share, mean, std, str(len(values))))
     text = []
     for dataset, rows in tables.items():
-        rows.sort(key=lambda row: (row[1] is not None, headline(row[3])[1]))
-        text.append(f"### {dataset}\n\n{table(rows, ['std', 'seeds'])}")
+        rows.sort(key=lambda row: (row[1] is not None, row[3][headline(row[3])]))
+        text.append(f"### {dataset}\n\n{table(rows, ['std', 'runs'])}")
     return "\n\n".join(text)
 
 
 def plot_curve(history, path):
     """Training curves as a PNG, a panel for the loss and one for validation mR or R1.
     history: a dict for each epoch with "epoch", "loss" and, with a val split, "val_mR" or "val_R1"."""
-    titles = {"loss": "loss", "val_mR": "validation mR in %", "val_R1": "validation R1 in %"}
+    titles = {"loss": "loss by epoch", "val_mR": "val mR in % by epoch", "val_R1": "val R1 in % by epoch"}
     keys = [key for key in titles if key in history[0]]
     image = Image.new("RGB", (1000 * len(keys), 720), "white")      # drawn at twice its size: smooth lines
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
     for panel, key in enumerate(keys):
         values = np.array([row[key] for row in history])
-        left, middle = 1000 * panel + 150, (values.min() + values.max()) / 2
-        x = left + 800 * (np.arange(len(values)) + 0.5) / len(values)
-        y = 350 - 440 * (values - middle) / (np.ptp(values) or 1)   # all equal: in the middle
-        draw.rectangle((left, 100, left + 800, 600), outline="#dddddd", width=2)
-        draw.text((left, 60), titles[key], "black", font, anchor="lm")
-        draw.text((left + 400, 675), "epoch", "black", font, anchor="mm")
+        left, top, width, height = 1000 * panel + 150, 100, 800, 500        # of the panel's frame
+        x = left + width * (np.arange(len(values)) + 0.5) / len(values)
+        y = top + height * (0.94 - 0.88 * (values - values.min()) / (np.ptp(values) or 1))
+        draw.rectangle((left, top, left + width, top + height), outline="#dddddd", width=2)
+        draw.text((left, top - 40), titles[key], "black", font, anchor="lm")
         draw.line(list(zip(x, y)), "#1f5fa8", 5, joint="curve")
         for n in range(len(values)):
             draw.circle((x[n], y[n]), 7, "#1f5fa8")
             if n % (len(values) // 10 + 1) == 0:                    # at most ten epochs are written
-                draw.text((x[n], 630), str(history[n]["epoch"]), "black", font, anchor="mm")
+                draw.text((x[n], top + height + 30), str(history[n]["epoch"]), "black", font, anchor="mm")
         for n in (values.argmin(), values.argmax()):
             draw.text((left - 15, y[n]), f"{values[n]:.3g}", "black", font, anchor="rm")
     image.resize((500 * len(keys), 360), Image.LANCZOS).save(path)
@@ -326,6 +323,7 @@ def find_files(folder):
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = [os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")]
         paths += [path for path in visible if os.path.isfile(path)]
     return paths
@@ -333,42 +331,44 @@ def find_files(folder):
 
 def encode_files(model, paths, folder):
     """Unit features of image files -> {path: (D,)}. Unreadable and blank ones are told on stderr, left out.
-    `folder` keeps the features in files of up to PIECE images, written once; a changed image is a new one."""
+    `folder` keeps them in files of up to PIECE images, never written again: a changed image is added anew."""
     folder.mkdir(parents=True, exist_ok=True)
-    size, saved, bad = model.config.image_size, {}, {}
+    saved, bad = {}, {}
     for file in folder.glob("*.pt"):
         piece = clip.read_file(file)
         saved.update(zip(piece["keys"], piece["features"]))
-    keys = {path: f"{os.path.getsize(path)} {os.path.getmtime(path)} {path}" for path in paths}
-    new = [path for path in paths if keys[path] not in saved]
+    keys = {p: f"{os.path.getsize(p)} {os.path.getmtime(p)} {p}" for p in paths if os.path.isfile(p)}
+    new = [path for path in paths if keys.get(path) not in saved]
     for start in range(0, len(new), PIECE):
         pixels = {}
-        with ThreadPoolExecutor() as pool:
-            jobs = {path: pool.submit(data.decode, path, size) for path in new[start:start + PIECE]}
-        for path, job in jobs.items():
-            if job.exception() or data.is_blank(job.result()):
-                bad[path] = str(job.exception() or f"{path} is blank")
+        for path, result in data.decode_all(new[start:start + PIECE], model.config.image_size):
+            if isinstance(result, ValueError):
+                bad[path] = str(result)
+            elif data.is_blank(result):
+                bad[path] = f"{path} is blank"
             else:
-                pixels[keys[path]] = job.result()
+                pixels[keys[path]] = result
         if pixels:
             features = encode_images(model, np.stack(list(pixels.values())))
-            torch.save({"keys": list(pixels), "features": features}, folder / "draft")
-            os.replace(folder / "draft", folder / f"{np.random.default_rng().integers(2 ** 63)}.pt")
+            torch.save({"keys": list(pixels), "features": features}, folder / f"{os.getpid()}.draft")
+            os.replace(folder / f"{os.getpid()}.draft", folder / f"{os.urandom(8).hex()}.pt")
             saved.update(zip(pixels, features))
     if bad:
         kinds = Counter(Path(path).suffix.lower() or "no suffix" for path in bad)
         print(f"eval.py: left out {dict(kinds)}, first: {'; '.join(list(bad.values())[:5])}", file=sys.stderr)
-    return {path: saved[keys[path]] for path in paths if keys[path] in saved}
+    return {path: saved[key] for path, key in keys.items() if key in saved}
 
 
 def search(args, pairs, model, tokenizer, settings):
     """Print the images nearest to a sentence, the nearest first, with their cosine similarity."""
     paths = find_files(args.gallery) if args.gallery else pairs.images
     config, precision = model.config, settings["precision"]
-    features_of = f"features-{fingerprint(model)}-{config.image_size}-{config.activation}-{precision}"
+    folder = f"features-{fingerprint(model)}-{config.image_size}-{config.activation}-{precision}"
+    for note in caption_notes(tokenizer, [args.query], config.context_length, "the query"):
+        print(note, file=sys.stderr)
     with autocast(args.device, precision):
         query = encode_texts(model, tokenizer([args.query], config.context_length))[0]
-        features = encode_files(model, paths, Path(args.cache) / features_of)
+        features = encode_files(model, paths, Path(args.cache) / folder)
     if not features:
         raise ValueError(f"{args.gallery or args.dataset} is not there or holds no image that can be used")
     similarity = torch.stack(list(features.values())) @ query
@@ -390,7 +390,7 @@ def parse(argv):
     flag("--gallery", metavar="DIR", help="search the images of this folder instead of the data set's")
     flag("--top", type=int, default=10, help="images listed (default: %(default)s)")
     flag("--dataset", choices=data.DATASETS, help="by default the run's own")
-    flag("--data-root", metavar="DIR", help="its folder; by default the run's own")
+    flag("--data-root", metavar="DIR", help="its folder; by default that of the run, for the run's data set")
     flag("--split", default="test", choices=("train", "val", "test"), help="(default: %(default)s)")
     flag("--skip-bad", action="store_true", help="test without the images that cannot be read")
     flag("--model", metavar="FILE", help="where the CLIP of a run is now, if it was moved")
@@ -429,8 +429,8 @@ def main(argv=None):
             return
         model, tokenizer, settings = load_run(args.run, args.device, activation=args.activation,
                                               weights=args.model)
-        if args.dataset is None:
-            args.dataset = settings.get("dataset")
+        args.dataset = args.dataset or settings.get("dataset")
+        if args.dataset == settings.get("dataset"):
             args.data_root = args.data_root or settings.get("data_root")
         if not (args.dataset or args.gallery):
             raise ValueError(f"{args.run} is no run of train.py: give --dataset, or --query and --gallery")

@@ -466,7 +466,7 @@ def train(args):
                 metrics = eval.evaluate(model, tokenizer, pairs["val"], images["val"], args.precision)
                 model.train()
                 row |= {f"val_{name}": value for name, value in metrics.items()}
-                score = f"val_{eval.headline(metrics)[0]}"
+                score = f"val_{eval.headline(metrics)}"
                 best = all(row[score] > earlier[score] for earlier in history)
                 shown.append(score)
             history.append(row)

@@ -118,7 +118,7 @@ def test_equal_captions_and_equal_images_tie_to_the_bit(monkeypatch):
 def test_cut_captions_are_noted():
     captions = ["k" * 29, "k" * 30 + "b", "k" * 30 + "c", "k" * 30 + "c", "b" * 40]
     (note,) = eval.caption_notes(TOKENIZER, captions, 32, "val")
-    assert note == "val: 4 captions exceed 32 tokens and are cut, 1 to those of another"
+    assert note == "val: 4 captions exceed 32 tokens and are cut; 1 then equal another"
     assert eval.caption_notes(TOKENIZER, ["k" * 30], 32, "val") == []
 
 
@@ -235,7 +235,7 @@ def test_runs_that_differ_by_the_seed_are_one_row(tmp_path):
     assert ucm.startswith("### ucm test ucm_precomp\n\n|") and toy.startswith("toy-aerial test")
     rows = cells(ucm[ucm.index("|"):])
     assert [row[""] for row in rows[2:]] == ["mrs, hmmc (other)", "mrs, hmmc (later)", "mrs, hmmc (s0)"]
-    assert [(row["seeds"], row["std"]) for row in rows] == 4 * [("1", "")] + [("3", "3.61")]     # root of 13
+    assert [(row["runs"], row["std"]) for row in rows] == 4 * [("1", "")] + [("3", "3.61")]     # root of 13
     assert (rows[4]["mR"], rows[4]["trained"], rows[4]["share"]) == ("53.00", "161 088", "0.11 %")
 
 
@@ -253,6 +253,7 @@ def gallery(tmp_path, world):
     (folder / "more").mkdir(parents=True)
     for n, place in ((0, "."), (1, "more"), (2, "more")):
         shutil.copy(world / f"set/images/{n}.png", folder / place)
+    shutil.copytree(folder / "more", folder / ".trash")
     Image.new("RGB", (40, 40), "red").save(folder / "blank.png")
     for name in ("broken.JPG", "a.heic", "b.HEIC", "notes", "._0.png"):
         (folder / name).write_bytes(b"no image")
@@ -270,9 +271,9 @@ def test_links_are_followed_and_loops_end(gallery, tmp_path):
 def test_only_new_and_changed_files_are_encoded(world, gallery, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval, "PIECE", 2)
     model, cache = eval.load_run(world / "clip")[0], tmp_path / "cache"
-    assert len(eval.encode_files(model, eval.find_files(gallery), cache)) == 3
+    assert len(eval.encode_files(model, [*eval.find_files(gallery), "gone.png"], cache)) == 3
     error = capsys.readouterr().err
-    for kind in ("'.png': 1", "'.jpg': 1", "'.heic': 2", "'no suffix': 1", "blank.png is", "broken.JPG"):
+    for kind in ("'.png': 2", "'.jpg': 1", "'.heic': 2", "'no suffix': 1", "blank.png is", "broken.JPG"):
         assert kind in error
     before = {file: file.read_bytes() for file in cache.iterdir()}
     cannot_encode = types.SimpleNamespace(config=model.config)
@@ -299,7 +300,7 @@ def test_a_search_lists_the_nearest_images_of_the_split_first(world, tmp_path, c
     images = np.stack([data.decode(path, 32) for path in paths])
     query = eval.encode_texts(model, tokenizer(["red above"], 32))[0]
     best = (eval.encode_images(model, images) @ query).argsort(descending=True)[:3]
-    text = run(world, tmp_path, capsys, "--query", "red above", "--split", "val", "--top", 3)
+    text = run(world, tmp_path, capsys, "--query", "red above", "--dataset", "precomp", "--split", "val", "--top", 3)
     assert [line.split()[2] for line in text.splitlines()] == [paths[n] for n in best]
 
 
