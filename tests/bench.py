@@ -112,7 +112,7 @@ def our_loss(args):
     """A CLIP, and the function from a batch to its loss. args.code: "ours", or "plain" for the reference."""
     model = clip.CLIP(clip.SIZES[args.model])
     adapters.add_method(model, args.method)
-    train.choose_what_learns(model, "backbone" if args.method == "none" else "method")
+    train.choose_what_learns(model, "backbone" if args.method == "none" else "method", args.loss)
     if args.method == "mrs":
         for name in model.method_parameters:    # as after some training: adding zero would hide mistakes
             nn.init.normal_(model.get_parameter(name), std=0.02)

@@ -1,4 +1,5 @@
 """What the README says where it can mislead: its commands, its counts, its code."""
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -35,6 +36,15 @@ def test_the_counts_in_the_table_of_methods_are_right():
         adapters.add_method(model, name)
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert learned == int(count.replace(" ", "")), name
+
+
+def test_the_reference_of_the_bench_has_our_loss(monkeypatch):
+    monkeypatch.setitem(clip.SIZES, "tiny", clip.SIZES["tiny"])         # bench.py has its own
+    import bench
+    settings = dict(model="tiny", method="mrs", loss="hmmc", precision="fp32", device="cpu", batch_size=4,
+                    captions=None)
+    plain, ours = [bench.measure(argparse.Namespace(code=code, **settings)) for code in ("plain", "ours")]
+    assert plain["loss"] == pytest.approx(ours["loss"], rel=1e-5) and plain["tflop"] > ours["tflop"]
 
 
 def test_the_pieces_to_copy_run(tmp_path, monkeypatch):
