@@ -333,7 +333,9 @@ class Tokenizer:
     def train(cls, captions, merges):
         """A Tokenizer with up to `merges` merges learned from captions: the most frequent pair of symbols is
         merged, again and again (Sennrich et al., arXiv 1508.07909); of equals, the last in the alphabet."""
-        counts = Counter(word for caption in captions for word in words_of(caption))
+        counts = Counter()
+        for caption in captions:
+            counts.update(words_of(caption))
         words = [(spell(word), count) for word, count in counts.items() if word not in (SOT, EOT)]
         pairs, learned = Counter(), []
         for symbols, count in words:

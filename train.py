@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 import adapters
@@ -288,20 +289,15 @@ def start_processes(device):
 
 
 def gather(x):
-    """The rows of this process (B / PROCESSES, ...) -> those of all (B, ...), with gradients to its own rows.
+    """The rows of this process (B / PROCESSES, ...) -> those of all (B, ...).
 
-    Each process computes the loss of the whole batch, and the gradients are then averaged. That is right for
-    the temperature and the classifier, whose whole gradient each process has. But a row has its gradient in
-    one process alone, so it is multiplied by their number here, and the mean restores it.
+    Each process computes the loss of the whole batch. In backward a row adds up its gradients of all
+    processes, PROCESSES times the same; the mean over processes that the loop takes then makes it right. It is
+    right, too, for the temperature and the classifier, whose whole gradient each process has.
     """
     if PROCESSES == 1:
         return x
-    rows = [torch.empty_like(x) for _ in range(PROCESSES)]
-    dist.all_gather(rows, x.detach().contiguous())
-    if x.requires_grad:
-        rows[RANK] = x.view_as(x)                   # a view, so that the hook is on this use of x alone
-        rows[RANK].register_hook(lambda gradient: gradient * PROCESSES)
-    return torch.cat(rows)
+    return torch.cat(all_gather(x))
 
 
 # ------------------------------------------------------------------------------------------------ 3. the run
