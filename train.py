@@ -292,8 +292,8 @@ def gather(x):
     """The rows of this process (B / PROCESSES, ...) -> those of all (B, ...).
 
     Each process computes the loss of the whole batch. In backward a row adds up its gradients of all
-    processes, PROCESSES times the same; the mean over processes that the loop takes then makes it right. It is
-    right, too, for the temperature and the classifier, whose whole gradient each process has.
+    processes, PROCESSES times the same; the mean over processes, which the loop takes, makes that right. It
+    is right, too, for the temperature and the classifier, whose whole gradient each process has.
     """
     if PROCESSES == 1:
         return x
