@@ -198,13 +198,13 @@ def load_run(name, device="cpu", image_size=None, activation=None, weights=None)
     """A run of train.py at its best epoch, or plain CLIP -> (model, tokenizer, settings).
 
     name: a run's folder or best.pt, or what clip.load_clip takes. image_size, activation: of plain CLIP.
-    weights: where the CLIP of a run's method is now, if moved. settings: those of train.py, "epoch" and
-    "fingerprint" (of CLIP without the method). FileNotFoundError or ValueError if anything does not fit.
+    weights: where the CLIP of a run's method is now, if moved. settings: those of train.py, "epoch", and
+    "fingerprint" of CLIP without the method. FileNotFoundError or ValueError if anything does not fit.
     """
     saved = {} if name in clip.URLS else clip.read_file(name)
     is_run = "trained" in saved
     method_alone = is_run and "state_dict" not in saved
-    settings = dict(saved["settings"]) if is_run else {"precision": "fp32"}
+    settings = (saved["settings"] | {"epoch": saved["epoch"]}) if is_run else {"precision": "fp32"}
     source = (weights or settings["model"]) if method_alone else name           # where its CLIP lies
     if method_alone and source not in clip.URLS and not Path(source).exists():
         raise FileNotFoundError(f"{name} was trained on {source}, which is not there: give --model FILE")
@@ -216,10 +216,10 @@ def load_run(name, device="cpu", image_size=None, activation=None, weights=None)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{name}: the model knows {model.config.vocab_size} tokens and its tokenizer "
                          f"{tokenizer.vocab_size}; added tokens and other tokenizers are not known here")
+    settings["fingerprint"] = fingerprint(model)
+    if method_alone and settings["fingerprint"] != saved["fingerprint"]:
+        raise ValueError(f"{name} was trained on other weights than those in {source}")
     if is_run:
-        settings |= {"epoch": saved["epoch"], "fingerprint": fingerprint(model)}
-        if method_alone and settings["fingerprint"] != saved["fingerprint"]:
-            raise ValueError(f"{name} was trained on other weights than those in {source}")
         adapters.add_method(model, settings["method"], **settings["sizes"])
         adapters.load_trainable(model, saved["trained"])
     return model.to(device).eval(), tokenizer, settings

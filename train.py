@@ -311,8 +311,9 @@ def load_start(args):
 
 
 def build(args, captions):
-    """The model with its method, its tokenizer, and the fingerprint of CLIP without the method."""
-    start_settings = {}
+    """The model with its method, its tokenizer, and the fingerprint of the CLIP it starts from.
+    Sets in args what only the model tells: sizes, image_size, activation."""
+    start = {}                                              # settings of what it starts from
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
         config = dataclasses.replace(clip.SIZES[args.model], vocab_size=tokenizer.vocab_size)
@@ -320,11 +321,10 @@ def build(args, captions):
         config.image_size = args.image_size or config.image_size
         model = clip.CLIP(config).to(args.device)
     else:
-        model, tokenizer, start_settings = load_start(args)
-    fingerprint = start_settings.get("fingerprint") or eval.fingerprint(model)
+        model, tokenizer, start = load_start(args)
     args.sizes = {name: getattr(args, name) for name in METHOD_SIZES}       # eval.load_run needs them again
     if not args.init:
-        method = start_settings.get("method", "none")
+        method = start.get("method", "none")
         if method != "none":
             raise ValueError(f"--model {args.model} is a run with {method}: take --init for it")
         adapters.add_method(model, args.method, **args.sizes)
@@ -332,7 +332,7 @@ def build(args, captions):
         if isinstance(module, clip.Transformer):
             module.grad_checkpointing = args.grad_checkpointing
     args.image_size, args.activation = model.config.image_size, model.config.activation
-    return model, tokenizer, fingerprint
+    return model, tokenizer, start.get("fingerprint")
 
 
 def train(args):
