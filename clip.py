@@ -608,6 +608,8 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     content = read_file(path)
     with loading(path):
         settings = content.get("settings", {})      # of a run of train.py
+        if "learned" in content and "optimizer" in content:
+            raise ValueError("it is a checkpoint for --resume, no CLIP: give the run's folder, or best.pt")
         if "trained" in content and "state_dict" not in content:
             raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
         weights = to_openai(content)

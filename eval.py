@@ -269,7 +269,7 @@ def run_tables(names):
             for row in starts:                      # equal in many runs, and then one row
                 groups[dataset, json.dumps(row)] = {file: row}
             shared = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-            shared["init"] = bool(settings.get("init"))
+            shared |= {"init": bool(settings.get("init")), "data": starts[:1]}     # chance tells data apart
             own[0] += f" ({file.parent.name})"
             groups.setdefault((dataset, json.dumps(shared, sort_keys=True)), {})[file] = own
     if not groups:

@@ -42,7 +42,7 @@ SDM_SCALE = 50.0        # 1 / temperature of SDM (IRRA)
 CHECKPOINT_SECONDS = 600
 METHOD_SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")
 FROM_INIT = ("model", "image_size", "activation", "method", *METHOD_SIZES)      # settings that --init brings
-MAY_CHANGE = ("resume", "out", "data_root", "device", "precision", "grad_checkpointing")    # at --resume
+MAY_CHANGE = ("resume", "out", "model", "data_root", "skip_bad", "device", "precision", "grad_checkpointing")
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
 

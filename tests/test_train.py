@@ -394,12 +394,13 @@ def test_mistakes_with_folders_of_runs(world, people, tmp_path, capsys):
     assert "there is no" in error_of(capsys, "--resume", "--out", folder / "scrach")
     assert "has 0.001, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--lr", "1")
     assert "has precomp, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--dataset", "toy-aerial")
-    again = train.parse(["--resume", "--out", str(people[0] / "stage1"), "--image-size", "96", "48"])
+    again = train.parse(["--resume", "--out", str(people[0] / "stage1"), "--image-size", "96", "48", "--skip-bad"])
     assert (again.image_size, again.loss) == ((96, 48), "sdm")      # a flag may be repeated as it was
     args = train.parse(["--init", str(people[0] / "stage1"), "--train", "backbone"])
     assert (args.dataset, args.data_root) == ("RSTPReid", str(people[0] / "people"))    # that run's data
     assert "--method" in error_of(capsys, *people[1], "--init", people[0] / "stage1", "--method", "mrs")
     run(*people[2], "--out", tmp_path / "prompts", "--train", "all", "--method", "prompts")
+    assert "give the run's folder" in error_of(capsys, *flags[:-1], folder / "scratch/last.pt")
     assert "take --init for it" in error_of(capsys, *flags[:-1], tmp_path / "prompts")
 
 
