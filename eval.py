@@ -34,7 +34,7 @@ if torch.cuda.is_available():
     DEVICES += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
 if torch.backends.mps.is_available():
     DEVICES.append("mps")
-INCIDENTAL = ("seed", "out", "resume", "device", "data_root")       # may differ in runs of one row of --table
+INCIDENTAL = ("seed", "out", "init", "resume", "device", "data_root")   # may differ in one row of --table
 
 
 # ------------------------------------------------------------------------------------ metrics
@@ -257,7 +257,7 @@ def table(rows, more_heads=()):
 
 def run_tables(names):
     """Markdown of finished runs, folders with a metrics.json: a table for each data set, the best run last. A
-    row has the means of runs that differ in INCIDENTAL settings or --init's folder, and std of mR or R1."""
+    row has the means of runs that differ in INCIDENTAL settings alone, and the std of mR or R1."""
     groups = {}         # {(data set, settings that runs share, or a row they began with): {file: row}}
     for name in names:
         for file in sorted(Path(path).resolve() for path in glob.glob(f"{name}/metrics.json")):
@@ -269,7 +269,7 @@ def run_tables(names):
             for row in starts:                      # equal in many runs, and then one row
                 groups[dataset, json.dumps(row)] = {file: row}
             shared = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-            shared |= {"init": bool(settings.get("init")), "data": starts[:1]}     # chance tells data apart
+            shared["starts"] = [starts[:1], [row[0] for row in starts]]     # chance differs with the data
             own[0] += f" ({file.parent.name})"
             groups.setdefault((dataset, json.dumps(shared, sort_keys=True)), {})[file] = own
     if not groups:

@@ -164,8 +164,8 @@ def parse(argv):
         if not least <= getattr(args, name) < 2 ** 31:      # so written, it refuses NaN too
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more is needed")
     if args.train == "method" and (args.method == "none" or args.model in FROM_SCRATCH):
-        raise ValueError(f"--train method with --model {args.model} --method {args.method}: a method needs a "
-                         "trained CLIP; --train backbone trains CLIP, eval.py tests it")
+        raise ValueError(f"--train method with --model {args.model} --method {args.method}: give a method and "
+                         "a trained CLIP, as in --model RUN --method mrs; --train backbone trains CLIP")
     if args.train == "backbone" and args.method != "none" and not args.init:
         raise ValueError(f"--train backbone would fix {args.method} as it starts, at random: give --init RUN "
                          "in which it learned (stage 2), or --train all to train both at once")
@@ -403,6 +403,7 @@ def train(args):
             learned[name].data.copy_(value)
         optimizer.load_state_dict(last["optimizer"])
         step, history, sums = last["step"], last["history"], last["sums"]
+        began -= last["seconds"]
         tqdm.write(f"resume  in epoch {step // steps + 1}, after step {step}")
     out.mkdir(parents=True, exist_ok=True)
     settings = ", ".join(f"{name} {getattr(args, name)}" for name in PE_RSITR)
@@ -484,7 +485,8 @@ def train(args):
             saved_at = time.time()
             save(out / "last.pt", dict(
                 settings=vars(args), learned={name: p.detach() for name, p in learned.items()}, origin=origin,
-                optimizer=optimizer.state_dict(), step=step, history=history, sums=sums))
+                optimizer=optimizer.state_dict(), step=step, history=history, sums=sums,
+                seconds=saved_at - began))
 
     # the test
     return test(args, pairs, images, history, time.time() - began) if RANK == 0 else []
@@ -492,7 +494,7 @@ def train(args):
 
 def test(args, pairs, images, history, seconds):
     """The test split, once training is over: chance, what the run started from, best.pt -> rows of its table.
-    seconds: what it took, since the last --resume."""
+    seconds: what training took."""
     split = "test" if "test" in pairs else "val"
     rows, total = [("chance", None, None, eval.chance(pairs[split]))], args.total_parameters
     if args.model not in FROM_SCRATCH:

@@ -207,11 +207,11 @@ def test_labels(model, method, train, expected):
     assert eval.label(settings | {"mask_same": True}) == expected + ", same masked"
 
 
-def write_metrics(folder, mR, chance=2.5, **changes):
+def write_metrics(folder, mR, chance=2.5, start="zero-shot", **changes):
     """The metrics.json of a finished run with figures by hand; changes are of its settings."""
     settings = {"dataset": "ucm", "data_root": "/x/ucm_precomp", "model": "ViT-B/32", "method": "mrs",
                 "loss": "hmmc", "train": "method", "lr": 0.001, "seed": 0, "out": str(folder), **changes}
-    rows = [["chance", None, None, {"mR": chance}], ["zero-shot", 0, 0.0, {"mR": 20.0}],
+    rows = [["chance", None, None, {"mR": chance}], [start, 0, 0.0, {"mR": 20.0}],
             [eval.label(settings), 161088, 0.1065, {"mR": mR}]]
     folder.mkdir()
     content = json.dumps(dict(settings=settings, split="test", rows=rows))
@@ -228,15 +228,15 @@ def test_runs_that_differ_by_the_seed_are_one_row(tmp_path):
     for seed, mR in enumerate((50.0, 52.0, 57.0)):
         write_metrics(tmp_path / f"s{seed}", mR, seed=seed, device=f"cuda:{seed}")
     write_metrics(tmp_path / "other", 30.0, chance=3.0, seed=9)     # of other data in a folder of that name
-    write_metrics(tmp_path / "later", 40.0, seed=3, init="runs/other")
+    write_metrics(tmp_path / "later", 40.0, seed=3, init="runs/x", start="before: prompts, sdm")
     write_metrics(tmp_path / "toy", 30.0, dataset="toy-aerial", data_root=None)
     (tmp_path / "cache").mkdir()                            # no finished run: ignored
     ucm, toy = eval.run_tables([str(tmp_path / "*"), str(tmp_path / "s0")]).split("\n\n### ")
     assert ucm.startswith("### ucm test ucm_precomp\n\n|") and toy.startswith("toy-aerial test")
     rows = cells(ucm[ucm.index("|"):])
-    assert [row[""] for row in rows[3:]] == ["mrs, hmmc (other)", "mrs, hmmc (later)", "mrs, hmmc (s0)"]
-    assert [(row["runs"], row["std"]) for row in rows] == 5 * [("1", "")] + [("3", "3.61")]     # root of 13
-    assert (rows[5]["mR"], rows[5]["trained"], rows[5]["share"]) == ("53.00", "161 088", "0.11 %")
+    assert [row[""] for row in rows[4:]] == ["mrs, hmmc (other)", "mrs, hmmc (later)", "mrs, hmmc (s0)"]
+    assert [(row["runs"], row["std"]) for row in rows] == 6 * [("1", "")] + [("3", "3.61")]     # root of 13
+    assert (rows[6]["mR"], rows[6]["trained"], rows[6]["share"]) == ("53.00", "161 088", "0.11 %")
 
 
 @pytest.mark.parametrize("content", ['{"settings": {"data', "[]", '{"settings": {}, "rows": []}'])

@@ -365,7 +365,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--method", "none", "--train", "method"], "a method needs a trained CLIP"),
+    (["--method", "none", "--train", "method"], "give a method and a trained CLIP"),
     (["--train", "backbone", "--method", "prompts"], "at random: give --init RUN"),
     (["--bottleneck", "0"], "bottleneck"),
     (["--method", "bitfit", "--rank", "3"], "rank"),
@@ -378,7 +378,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
     (["--loss", "sdm", "--mask-same"], "--mask-same changes nothing"),
     (["--loss", "hinge"], "invalid choice"),
     (["--model", "nothing.pt"], "nothing.pt"),
-    (["--model", "tiny", "--train", "method"], "a method needs a trained CLIP"),
+    (["--model", "tiny", "--train", "method"], "give a method and a trained CLIP"),
     (["--data-root", "nowhere"], "nowhere"),
     (["--init", "nothing"], "nothing")])
 def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, monkeypatch, capsys, flags, words):
