@@ -164,8 +164,8 @@ def parse(argv):
         if not least <= getattr(args, name) < 2 ** 31:      # so written, it refuses NaN too
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more is needed")
     if args.train == "method" and (args.method == "none" or args.model in FROM_SCRATCH):
-        raise ValueError(f"--train method with --model {args.model} --method {args.method}: give a method and "
-                         "a trained CLIP, as in --model RUN --method mrs; --train backbone trains CLIP")
+        raise ValueError(f"--train method with --model {args.model} --method {args.method}: give a method "
+                         "and a trained CLIP, as in --model RUN --method mrs; --train backbone trains CLIP")
     if args.train == "backbone" and args.method != "none" and not args.init:
         raise ValueError(f"--train backbone would fix {args.method} as it starts, at random: give --init RUN "
                          "in which it learned (stage 2), or --train all to train both at once")
@@ -404,7 +404,7 @@ def train(args):
         optimizer.load_state_dict(last["optimizer"])
         step, history, sums = last["step"], last["history"], last["sums"]
         began -= last["seconds"]
-        tqdm.write(f"resume  in epoch {step // steps + 1}, after step {step}")
+        tqdm.write(f"resume  after step {step} of {len(plan)}, in epoch {min(step // steps + 1, args.epochs)}")
     out.mkdir(parents=True, exist_ok=True)
     settings = ", ".join(f"{name} {getattr(args, name)}" for name in PE_RSITR)
     tqdm.write(f"run     {out}: {settings}; {steps} steps an epoch")
