@@ -622,7 +622,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
             position = position.T.reshape(1, config.vision_width, *trained_grid)   # (1, C, rows, columns)
             position = F.interpolate(position, config.grid, mode="bilinear", align_corners=False)
             weights["visual.positional_embedding"] = torch.cat([cls, position[0].flatten(1).T])
-        config.activation = activation_beside(path, config, activation or content.get("activation"))
+        config.activation = activation_beside(path, config, activation or settings.get("activation"))
         with torch.device("meta"):      # takes no memory and draws no random numbers
             model = CLIP(config)
         ours = {name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor

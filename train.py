@@ -404,7 +404,7 @@ def train(args):
         optimizer.load_state_dict(last["optimizer"])
         step, history, sums = last["step"], last["history"], last["sums"]
         began -= last["seconds"]
-        tqdm.write(f"resume  after step {step} of {len(plan)}, in epoch {min(step // steps + 1, args.epochs)}")
+        tqdm.write(f"resume  after {step / steps:.1f} of {args.epochs} epochs, step {step}")
     out.mkdir(parents=True, exist_ok=True)
     settings = ", ".join(f"{name} {getattr(args, name)}" for name in PE_RSITR)
     tqdm.write(f"run     {out}: {settings}; {steps} steps an epoch")
@@ -470,7 +470,7 @@ def train(args):
             if RANK == 0 and best:
                 # trained: the method's tensors, also in stage 2, where they are fixed
                 content = dict(settings=vars(args), trained=adapters.trainable_state(model), epoch=epoch,
-                               merges=tokenizer.merges, activation=args.activation, fingerprint=fingerprint)
+                               merges=tokenizer.merges, fingerprint=fingerprint)
                 if args.train != "method":          # CLIP's own weights only if they learned
                     content["state_dict"] = model.openai_state_dict()
                 save(out / "best.pt", content)

@@ -376,8 +376,8 @@ def test_the_grid_of_positions_is_resized_bilinearly_and_the_class_row_kept(tmp_
 
 def test_a_run_of_ours_has_its_image_size_activation_and_vocabulary(tmp_path):
     model = random_clip(image_size=(48, 16), activation="gelu")
-    torch.save({"state_dict": model.openai_state_dict(), "activation": "gelu", "trained": {},
-                "settings": {"image_size": (48, 16)}, "merges": ["a b", "ab c"]}, tmp_path / "best.pt")
+    torch.save({"state_dict": model.openai_state_dict(), "trained": {}, "merges": ["a b", "ab c"],
+                "settings": {"image_size": (48, 16), "activation": "gelu"}}, tmp_path / "best.pt")
     same(clip.load_clip(tmp_path), model)
     assert clip.Tokenizer(tmp_path).merges == ["a b", "ab c"]
 

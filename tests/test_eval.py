@@ -132,7 +132,7 @@ def world(tmp_path_factory):
     settings = dict(dataset="precomp", data_root=str(folder / "set"), model="tiny", image_size=32, sizes={},
                     method="none", activation="quick_gelu", train="all", loss="contrastive",
                     precision="fp32", trained_parameters=7)
-    saved = dict(settings=settings, trained={}, merges=TOKENIZER.merges, activation="quick_gelu", epoch=3,
+    saved = dict(settings=settings, trained={}, merges=TOKENIZER.merges, epoch=3,
                  fingerprint=eval.fingerprint(model), state_dict=model.openai_state_dict())
     for name in ("clip", "mrs"):
         (folder / name).mkdir()
