@@ -282,7 +282,11 @@ def save(path, content):
 def start_processes(device):
     """Join the processes that torchrun started, each on its own GPU; process 0 is the one that speaks."""
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ValueError(f"process {local_rank + 1} of this machine has no GPU, there are {gpus}: "
+                             "start as many processes as GPUs")
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")

@@ -1,6 +1,7 @@
 """Lets plain `pytest` find the project's files, and keeps tiny models on one thread, where they are fastest."""
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")       # on the CPU; on a GPU: CUDA_VISIBLE_DEVICES=0 pytest
 
 import clip
 

@@ -258,6 +258,7 @@ def test_training_starts_at_clips_own_similarities(name, sizes):
     before = scores(model)
     add_method(model, name, **sizes)
     torch.testing.assert_close(scores(model), before, rtol=0, atol=1e-6)
+    assert not any(module.training for module in model.modules())       # it was in eval mode and stays there
 
 
 def test_vpt_starts_uniform_in_its_own_bound():
@@ -323,12 +324,6 @@ def test_merged_lora_is_a_plain_clip_with_the_same_features():
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no LoRA"):
         merge_lora(model)
-
-
-def test_a_model_in_eval_mode_stays_in_eval_mode():
-    model = plain()
-    add_method(model, "mrs")
-    assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("name, sizes, words", [
