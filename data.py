@@ -533,13 +533,13 @@ def draw_world(root, view, train, val, test, seed):
     (root / "images").mkdir(parents=True)
     entries = []
     for i, split in enumerate(["train"] * train + ["val"] * val + ["test"] * test):
-        rng, name = np.random.default_rng((seed, i)), f"{i:06d}.png"
+        rng, name = np.random.default_rng((seed, i)), f"{i:06d}.bmp"        # the fastest to write and read
         person = i // 6 if view == "camera" else i
         if view in ("side", "above"):
             image, captions = draw_scene(rng, view)
         else:
             image, captions = draw_person(rng, np.random.default_rng((seed, person, 1)), view)
-        image.save(root / "images" / name, compress_level=1)
+        image.save(root / "images" / name)
         entries.append({"id": person, "img_path": name, "captions": captions, "split": split})
     file = "data_captions.json" if view == "camera" else "dataset.json"
     (root / file).write_text(json.dumps(entries), encoding="utf-8")
