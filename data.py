@@ -90,8 +90,8 @@ def choose_split(file, entries, split):
     known, rows = {}, []
     for where, word, name, captions, person in entries:
         check(isinstance(name, str) and name.strip(), f"{where}: {name!r:.80} is no name of an image file")
-        check(isinstance(captions, list) and all(isinstance(caption, str) for caption in captions),
-              f"{where}: the captions {captions!r:.80} are no list of texts")
+        check(isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions),
+              f"{where}: the captions {captions!r:.80} are no list of one or more texts")
         meant = SPLITS.get(str(word).strip().lower())
         check(meant, f"{where}: the split {word!r:.80} is none of {', '.join(SPLITS)}")
         name = posixpath.normpath(name.strip().replace("\\", "/"))      # from Windows; ./a.png is a.png

@@ -128,7 +128,7 @@ def test_reid_annotations(tmp_path, file, key):
     (dict(file_path=["a.jpg"]), r"\['a.jpg'\] is no name"), (dict(file_path=" "), "' ' is no name"),
     (dict(captions="a man"), "the captions 'a man' are no list"), (dict(captions=[None]), r"\[None\]"),
     (dict(sentences=["x", {}]), r"\['x', None\] are no list"), (dict(id="p1"), "the id 'p1' is no number"),
-    (dict(id=None), "the id None"),
+    (dict(id=None), "the id None"), (dict(captions=[]), r"the captions \[\] are no list of one or more"),
     (dict(file_path="a//./0.jpg"), "a/0.jpg has the split and person"),
     (dict(file_path="a/0.jpg"), "a/0.jpg has the split and person .'train', 1., but .'train', 0."),
     (dict(file_path="a/0.jpg", id=0, split="val"), "a/0.jpg has .*'val', 0., but .'train', 0.")])
