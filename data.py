@@ -599,6 +599,8 @@ def main():
             notes += load(splits, (32, 32), cache)[2]
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped\n")
     for note in notes:
         print(note)
 
