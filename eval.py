@@ -44,8 +44,8 @@ def recalls(similarity, query_ids, gallery_ids, prefix):
 
     A tie counts at its expected value under random order: a collapsed model gets chance, not 100 or 0. The
     best right item of a query has `above` items of a higher score before it and is one of `tied` items of
-    its score, `right_tied` of them right. These fill the other k - above places of the top k, one by one: all
-    are wrong with probability prod_{n < k - above} (tied - right_tied - n) / (tied - n).
+    its score, `right_tied` of them right. So k - above of the tied, drawn at random, are in the top k; all of
+    these are wrong with probability prod_{n < k - above} (tied - right_tied - n) / (tied - n).
     """
     shape = len(query_ids), len(gallery_ids)
     if similarity.shape != shape or 0 in shape:
@@ -66,7 +66,7 @@ def recalls(similarity, query_ids, gallery_ids, prefix):
             miss = torch.ones(len(ids)).double()        # probability that the top k holds no right item
             for n in range(k):
                 wrong = (tied - right_tied - n).clamp(min=0) / (tied - n).clamp(min=1)      # 0: none is left
-                miss = torch.where(above + n < k, miss * wrong, miss)
+                miss = torch.where(n < k - above, miss * wrong, miss)
             hits[k] += (1 - miss).sum().item()
     return {f"{prefix}{k}": 100 * hit / len(similarity) for k, hit in hits.items()}
 
@@ -92,8 +92,8 @@ def reid_metrics(similarity, query_ids, gallery_ids):
 
     similarity (Q, G): captions x images; an image with the id of the caption is right: ids (Q,) and (G,).
     With right images at ranks r_1 < ... < r_P, Rank-k is [r_1 <= k], AP the mean of j / r_j (Market-1501),
-    INP is P / r_P (arXiv 2001.04193). Unlike Rank-k, mAP and mINP break ties by one fixed random order of the
-    gallery; a file has a person's images together, which would favour a collapsed model. Errors: `recalls`.
+    INP is P / r_P (arXiv 2001.04193). mAP and mINP break ties by one fixed random order of the gallery: in
+    the files' order, a person's images together, a collapsed model passes chance. Errors: `recalls`.
     """
     similarity = torch.as_tensor(similarity).float().cpu()
     query_ids, gallery_ids = torch.as_tensor(query_ids).cpu(), torch.as_tensor(gallery_ids).cpu()
@@ -151,7 +151,7 @@ def encode_images(model, images, batch_size=128):
 @torch.no_grad()
 def encode_texts(model, tokens, batch_size=256):
     """Token ids (M, L) -> unit features (M, D), float32 on the CPU. Each distinct caption is encoded once."""
-    lengths = tokens.count_nonzero(dim=1)[:, None]      # in front, as unique then sorts by them
+    lengths = tokens.count_nonzero(dim=1)[:, None]      # unique sorts by it: short captions share a batch
     rows, row_of_caption = torch.cat([lengths, tokens], dim=1).unique(dim=0, return_inverse=True)
     features = []
     for batch in tqdm(rows[:, 1:].split(batch_size), "encoding captions", leave=False, disable=None):
@@ -177,7 +177,7 @@ def caption_notes(tokenizer, captions, context_length, split):
     """What a user should know about captions that are too long -> list of no or one line."""
     texts = [tuple(tokenizer.encode(caption)) for caption in captions]
     cut = sum(len(ids) > context_length for ids in texts)
-    merged = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})     # what is left before EOT
+    merged = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})     # a cut one ends in EOT
     note = f"{split}: {cut} captions exceed {context_length} tokens and are cut; {merged} then equal another"
     return [note] if cut else []
 
@@ -185,7 +185,7 @@ def caption_notes(tokenizer, captions, context_length, split):
 # ------------------------------------------------------------------------------------ runs, tables, curve
 
 def fingerprint(model):
-    """16 hex digits that tell weights, CLIP's own and a method's, from others, by 1024 values of a tensor."""
+    """16 hex digits for the weights, CLIP's and a method's: a hash of each tensor's first 1024 values."""
     digest = hashlib.sha256()
     tensors = model.openai_state_dict() | adapters.trainable_state(model)
     for name in sorted(tensors):
@@ -240,7 +240,7 @@ def label(settings):
 
 def table(rows, more_heads=()):
     """Markdown table, its columns lined up for a terminal too. rows: (label, trained parameters or None,
-    share in percent or None, metrics, a string for each of more_heads)."""
+    share in percent or None, metrics, a string for each of more_heads). Heads: i2t R@1, R@5, ... mR."""
     names = [name.replace("_", " ") if name.endswith("R@1") else name.split("_")[-1] for name in rows[0][3]]
     lines = [["", "trained", "share", *names, *more_heads]]
     for name, trained, share, metrics, *cells in rows:
@@ -257,7 +257,7 @@ def table(rows, more_heads=()):
 
 def run_tables(names):
     """Markdown of finished runs, folders with a metrics.json: a table for each data set, the best run last. A
-    row has the means of runs that differ in INCIDENTAL settings alone, and the std of mR or R1."""
+    row: means, and the std of mR or R1, of runs that began alike and differ in INCIDENTAL settings alone."""
     groups = {}         # {(data set, settings that runs share, or a row they began with): {file: row}}
     for name in names:
         for file in sorted(Path(path).resolve() for path in glob.glob(f"{name}/metrics.json")):
@@ -269,7 +269,7 @@ def run_tables(names):
             for row in starts:                      # equal in many runs, and then one row
                 groups[dataset, json.dumps(row)] = {file: row}
             shared = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-            shared["starts"] = [starts[:1], [row[0] for row in starts]]     # chance differs with the data
+            shared["starts"] = [starts[:1], [row[0] for row in starts[1:]]]     # chance; names of the others
             own[0] += f" ({file.parent.name})"
             groups.setdefault((dataset, json.dumps(shared, sort_keys=True)), {})[file] = own
     if not groups:
@@ -338,7 +338,7 @@ def encode_files(model, paths, folder):
         piece = clip.read_file(file)
         saved.update(zip(piece["keys"], piece["features"]))
     keys = {p: f"{os.path.getsize(p)} {os.path.getmtime(p)} {p}" for p in paths if os.path.isfile(p)}
-    new = [path for path in paths if keys.get(path) not in saved]
+    new = [path for path in paths if keys.get(path) not in saved]       # missing files too: they become bad
     for start in range(0, len(new), PIECE):
         pixels = {}
         for path, result in data.decode_all(new[start:start + PIECE], model.config.image_size):
