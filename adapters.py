@@ -13,7 +13,7 @@ clip.py imports nothing from here. Four moves, alone or together, install any me
 3. set `tower.head`, which is nn.Identity() in plain CLIP;
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
 A new method is a function add_name(model, size=default) that makes such moves, entered in METHODS at the end
-of the file. If it raises, then before it changes the model; all parameters that it creates learn. In the text
+of the file. It raises errors before it changes the model; all parameters that it creates learn. In the text
 tower it must be causal, as captions are cut behind EOT. A new size needs a flag in train.py.
 
 Where prompts enter and leave, around each block (deep) or around the whole transformer (shallow):
@@ -24,14 +24,14 @@ causal, so a word (and EOT) sees SOT, all prompts and the words before it; SOT n
 never sees a word. In the image tower all tokens see each other.
 
 To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one for
-all blocks of both towers, `MRSAdapter({"image": 768, "text": 512})`, and let it alone learn. Each block is
+all blocks of both towers, `MRSAdapter({"image": 768, "text": 512})`, and freeze all else. Each block is
 `x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`. Call train() and eval(): it has dropout.
 New parameters are float32 however CLIP is stored, so train under autocast.
 
 A side is "image" or "text". Shapes: B batch, L sequence length, C width of a tower, D joint width, m prompt
 length, d inner width of an adapter (the bottleneck). Counts are for ViT-B/32: 12 blocks in each tower,
 C = 768 and 512, D = 512. A method follows its paper but for what a line `differs from` says. In such lines
-"there" is that paper; "the count of" a paper is the number of parameters that our sizes were chosen to reach.
+"there" is that paper; "(the count of X)" means that a size was chosen to reach the number of parameters in X.
 """
 import inspect
 from collections import OrderedDict
@@ -109,9 +109,9 @@ def wrap_blocks(model, wrapper, **sizes):
 
 
 def wrap_with_adapters(model, wrapper, adapter_class, shared, **sizes):
-    """Each block of both towers becomes wrapper(block, side, *adapters), with adapter_class(widths, **sizes).
-    shared: one adapter, wherever one is needed. Otherwise `adapters_per_block` new ones at each depth, common
-    to both towers where both are that deep (ViT-L/14 has 24 and 12 blocks)."""
+    """Each block of both towers becomes wrapper(block, side, *adapters), of adapter_class(widths, **sizes).
+    shared: one adapter for every place of every block. Otherwise each depth has `adapters_per_block` of its
+    own, for the blocks of both towers at that depth (ViT-L/14 has 24 and 12: the deeper are for images)."""
     stacks = {"image": model.visual.transformer.resblocks, "text": model.text.transformer.resblocks}
     widths = {"image": model.config.vision_width, "text": model.config.text_width}
     if shared:
@@ -257,8 +257,8 @@ class CoupledPrompted(nn.Module):
 def add_maple(model, prompt_length=2, prompt_depth=None):
     """MaPLe (Khattak et al., arXiv 2210.03117): P_image = Linear(P_text), deep, a Linear for each depth.
     prompt_depth None: 9, or all of a shorter text tower. 9 x (2 x 512 + 512 x 768 + 768) = 3 555 072."""
-    # differs from MaPLe: random at first, there the words "a photo of a"; the prompts leave after block 9,
-    # there they flow on; those of block 1 get no positional embedding and no ln_pre
+    # differs from MaPLe: random at first, there the words "a photo of a"; blocks after the 9th have no
+    # prompts, there those of the 9th flow on; those of block 1 get no positional embedding and no ln_pre
     image_blocks, text_blocks = model.visual.transformer.resblocks, model.text.transformer.resblocks
     prompt_depth = prompt_depth or min(9, len(text_blocks))
     add_deep_prompts([model.text], prompt_length, prompt_depth)
@@ -341,13 +341,13 @@ class CrossModalAdapter(MRSAdapter):
 
 
 def add_cross_modal_adapter(model, bottleneck=64, shared=True):
-    """Cross-Modal Adapter (Jiang et al., arXiv 2211.09623) in series. d = 64: 165 248 - 16 x 65 = 164 208."""
+    """Cross-Modal Adapter (Jiang et al., arXiv 2211.09623) in series. 165 248 - 16 x (64 + 1) = 164 208."""
     # differs from Cross-Modal Adapter: one module for all places, there one each and d = 8 (519 168)
     wrap_with_adapters(model, InSeries, CrossModalAdapter, shared, bottleneck=bottleneck)
 
 
 class UniAdapter(nn.Module):
-    """0.1 W_up^side ReLU(W_down LN(x)), LN and W_down common to towers of one width. Init: start_at_zero."""
+    """0.1 W_up^side ReLU(W_down LN(x)). Towers share LN and W_down if equally wide. Init: start_at_zero."""
     def __init__(self, widths, bottleneck):
         super().__init__()
         self.norm = nn.ModuleDict({str(C): nn.LayerNorm(C) for C in widths.values()})       # keys like "768"
@@ -454,7 +454,7 @@ def add_linear_probe(model):
 
 class LoRABlock(nn.Module):
     """W <- W + B A for q and v, A (r, C), B (C, r). Init: A Kaiming-uniform(a = sqrt 5), B 0. CLIP packs q, k
-    and v in one matrix; B (A y) is added to their parts of its output, and W + B A is never formed."""
+    and v in one matrix: after its output is split, B (A y) is added to q and v; W + B A is never formed."""
     def __init__(self, block, rank):
         super().__init__()
         self.inner, width = block, block.attn.out_proj.in_features

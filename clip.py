@@ -119,7 +119,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
         self.grad_checkpointing = False     # True: less memory, as backward computes each block once more
-        # differs from OpenAI, which starts the text tower alone like this, and not the MLP's biases at zero
+        # differs from OpenAI, which begins only the text tower like this and leaves the MLP's biases random
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
@@ -185,8 +185,8 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def embed(self, tokens):
-        # to save time, cut the columns that no row needs, behind the furthest first EOT. Exact: attention is
-        # causal, all else works token by token, and a feature is read at the row's first EOT alone
+        # to save time, cut the columns to the right of every row's first EOT. Exact: attention is causal, all
+        # else works token by token, and a feature is read at the row's first EOT alone
         tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
         L, longest = tokens.shape[1], len(self.positional_embedding)
         if L > longest or (tokens.amax(dim=1) != self.eot).any():
@@ -270,12 +270,12 @@ VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simpl
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 # OpenAI's pattern without the package regex: \w is letters, numbers and _, \d is digits, NUMBERS the numbers
 # that are no digits, such as a raised 2.
-# differs from OpenAI: NUMBERS ends where ideographs begin, so later ones, of rare scripts, count as letters;
+# differs from OpenAI: NUMBERS ends at U+3400, so number signs above it, of rare scripts, count as letters;
 # letters that Python's tables do not know yet count as signs
 NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                   rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]"     # letters; one number
-                  r"|(?:[^\s\w\u0345]|_)+")                 # signs; OpenAI's passes over U+0345, a mark
+                  r"|(?:[^\s\w\u0345]|_)+")                 # signs; U+0345, a mark, is dropped, as by OpenAI
 CURLY = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
 # BPE works on bytes written as visible characters: Latin-1's as they are, the other 68 from U+0100 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -309,8 +309,8 @@ def merge(symbols, pair):
 
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
-    path: None or one of OpenAI's names: OpenAI's vocabulary; a .gz file like OpenAI's: that vocabulary; a
-    run of train.py: the merges in it; other weights: OpenAI's. merges: a list of "a b", instead of a path."""
+    path: a vocabulary like OpenAI's, as .gz, or a run of train.py, for the merges in it. With anything else,
+    None, a published name or other weights, it is OpenAI's vocabulary. merges: a list of "a b" instead."""
     def __init__(self, path=None, merges=None):
         is_vocabulary = str(path).endswith(".gz")
         if path is not None and path not in URLS and not is_vocabulary:
@@ -345,7 +345,7 @@ class Tokenizer:
             best = max(pairs, key=lambda pair: (pairs[pair], pair))
             learned.append(" ".join(best))
             for i, (symbols, count) in enumerate(words):
-                if best[0] in symbols:
+                if best[0] in symbols:          # to save time: in other words nothing would change
                     merged = merge(symbols, best)
                     words[i] = merged, count
                     for pair in zip(symbols, symbols[1:]):
@@ -407,7 +407,7 @@ HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this ord
     "encoder.layers.": "transformer.resblocks.", "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.",
     "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.", "self_attn.": "attn.",
 }
-ANCHOR = "visual.conv1.weight"      # what stands before it in a file stands before each of CLIP's names
+ANCHOR = "visual.conv1.weight"      # in every CLIP; what precedes it in a file is the prefix of all names
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 
 
@@ -485,7 +485,7 @@ class ScriptUnpickler(pickle.Unpickler):
         return ScriptModule if module.startswith("__torch__") else self.KNOWN[name]
 
     def persistent_load(self, storage):
-        _, dtype, key, *_ = storage
+        _, dtype, key, *_ = storage     # dtype: what KNOWN has for the storage's class
         return torch.frombuffer(bytearray((self.folder / "data" / key).read_bytes()), dtype=dtype)
 
 
@@ -539,7 +539,7 @@ def to_openai(content):
     if len(prefixes) != 1:
         raise ValueError(f"it holds {len(prefixes)} CLIPs {prefixes} among {list(content)[:3]} ...: one is "
                          "needed, with OpenAI's two transformers; no ResNet, no SigLIP, no tower alone")
-    weights = {name.removeprefix(prefixes[0]).removeprefix("text."): tensor
+    weights = {name.removeprefix(prefixes[0]).removeprefix("text."): tensor     # text.: some of open_clip's
                for name, tensor in renamed.items() if name.startswith(prefixes[0])}
     for name in list(weights):
         if ".q_proj." in name:                      # Hugging Face's q, k and v are apart
@@ -576,7 +576,8 @@ def activation_beside(path, config, given):
         "model_cfg.text_cfg.pool_type": "argmax", "preprocess_cfg.interpolation": "bicubic",
         "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD), "do_normalize": True,
         "image_mean": list(MEAN), "image_std": list(STD), "preprocess_cfg.resize_mode": "shortest",
-        "resample": 3, "rescale_factor": 1 / 255, "do_center_crop": True, "size.height": None,  # 3: bicubic
+        "rescale_factor": 1 / 255, "do_center_crop": True, "resample": 3,       # 3: bicubic
+        "size.height": None,        # nothing may be stated
     }
     stated = {}
     for name in ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"):

@@ -121,13 +121,13 @@ def read_precomp(root, split):
     names, captions = read_lines(names_file), read_lines(captions_file)
     check(len(captions) == captions_per_line * len(names), f"{captions_file} has {len(captions)} lines and "
           f"{names_file.name} {len(names)}: {captions_per_line} caption(s) for each name are expected")
-    order, words = list(range(len(names))), ["test"] * len(names)
+    order, splits = list(range(len(names))), ["test"] * len(names)      # image order[p] goes to splits[p]
     if part == "train":
         random.Random(2).shuffle(order)
         train_images = int(0.8 * len(names))
-        words = ["train"] * train_images + ["val"] * (len(names) - train_images)
+        splits = ["train"] * train_images + ["val"] * (len(names) - train_images)
     entries = []
-    for k, word in zip(order, words):
+    for k, word in zip(order, splits):
         first = captions_per_line * k
         its_captions = captions[first:first + captions_per_line]
         entries.append((f"{names_file}:{k + 1}", word, names[k], its_captions, None))
@@ -150,7 +150,7 @@ def read_json(file, split, people=False):
         if isinstance(sentences, list):
             captions = [text.get("raw") if isinstance(text, dict) else text for text in sentences]
         name = item.get("filename") or item.get("file_path") or item.get("img_path")
-        if item.get("filepath") and isinstance(name, str):      # without _, COCO's folder, such as val2014
+        if item.get("filepath") and isinstance(name, str):      # not file_path: COCO's folder of the image
             name = f"{item['filepath']}/{name}"
         if people:
             check(str(item.get("id")).isdecimal(), f"{where}: the id {item.get('id')!r:.80} is no number")
@@ -202,7 +202,7 @@ def read_folder(root, split):
             check(len(fields) in (2, 3), f"{file}:{n} is not image<TAB>caption[<TAB>split]: {line!r:.80}")
             name, caption, word = fields if len(fields) == 3 else [*fields, ""]
             rows.append((f"{file}:{n}", name, caption, word))
-    split_of = {name: word for _, name, _, word in rows if word}
+    split_of = {name: word for _, name, _, word in rows if word}        # also for the image's other lines
     free = sorted({name for _, name, _, _ in rows} - set(split_of))
     random.Random(2).shuffle(free)
     tenth = max(1, len(free) // 10) if len(free) > 2 else 0
@@ -260,7 +260,7 @@ def read_images(paths, size, cache):
     states = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.isfile(path)]
     marks = [CACHE_VERSION, size] + [(path, state.st_size, state.st_mtime_ns) for path, state in states]
     file, bad = Path(cache) / (hashlib.sha256(repr(marks).encode()).hexdigest()[:20] + ".uint8"), {}
-    # a file for all paths says that none was bad; a shorter one is made again, to have the reasons again
+    # a file is used again if it has all paths; else some were bad, and are read again to have the reasons
     if not file.is_file() or file.stat().st_size != len(paths) * 3 * H * W:
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:      # a half-made file never has the name
@@ -297,7 +297,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        part = without(part, bad={})        # from here on the images keep their order, the array's
+        part = without(part, bad={})        # now: it fixes the order of the images, which the array keeps
         images[split], bad_here = read_images(part.images, size, cache)
         caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
         bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}
@@ -324,7 +324,7 @@ def erase(images):
     B, _, H, W = images.shape
     area = 0.02 + 0.38 * torch.rand(B, 1, 1)
     aspect = 0.3 * 11 ** torch.rand(B, 1, 1)        # height / width, 0.3 to 3.3, uniform in its logarithm
-    aspect = aspect.clamp(area * H / W, H / W / area)   # differs from IRRA: it draws again what does not fit
+    aspect = aspect.clamp(area * H / W, H / W / area)   # h <= H, w <= W; differs from IRRA: it draws again
     h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)        # box: (B, H, W)
@@ -356,7 +356,8 @@ def augment(images, kind):
         flip = torch.randint(0, 2, (B,)) * 2.0 - 1
     if kind == "aerial":
         turn = torch.randint(0, 4, (B,)) * torch.pi / 2
-    # (x, y) of the result shows the place theta (x, y, 1) of the image: zoom, rotation, mirror | shift
+    # (x, y) of the result shows the place theta (x, y, 1) of the image, theta = zoom rotation mirror | shift;
+    # rounded, as in floats cos(pi / 2) is not quite 0
     cos, sin = (zoom * turn.cos()).round(decimals=6), (zoom * turn.sin()).round(decimals=6)
     theta = torch.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], dim=1).view(B, 2, 3)
     grid = F.affine_grid(theta.to(images), images.shape, align_corners=False)
@@ -379,7 +380,7 @@ def plan_batches(pairs, over, batch_size, epochs, seed, processes=1):
         order = rng.permutation(len(pairs.captions))
         if over == "images":
             _, first = np.unique(np.asarray(pairs.image_of_caption)[order], return_index=True)
-            order = rng.permutation(order[first])       # of each image the caption that comes first
+            order = rng.permutation(order[first])       # of each image its first one in the random order
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             batch = batch[:len(batch) // processes * processes]
@@ -489,7 +490,7 @@ def draw_scene(rng, view, size=80):
             r, turn, flip = rng.uniform(0.11, 0.13), rng.normal(0, 0.15), rng.choice([-1, 1])
             if view == "above":
                 turn = rng.uniform(0, 2 * np.pi)
-                shadow = [("shade", *part[1:]) for part in ABOVE[noun]]
+                shadow = [("shade", *part[1:]) for part in ABOVE[noun]]         # in a dark tone of the land
                 stamps.append((shadow, LANDS[land], x + 0.025, y + 0.025, r, turn, flip))
             stamps.append(((SIDE if view == "side" else ABOVE)[noun], DYES[colour], x, y, r, turn, flip))
     horizon = rng.uniform(0.08, 0.18) if view == "side" else 0

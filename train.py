@@ -78,7 +78,7 @@ def recipe(args):
     clip_learns = args.train in ("backbone", "all") or args.method == "none"
     values = PE_RSITR | RECIPES[kind, clip_learns]
     if args.method == "none" or (args.train == "backbone" and not args.init):
-        values |= dict(method="none", train="backbone")         # full fine-tuning: nothing is added
+        values |= dict(method="none", train="backbone")     # full fine-tuning; stage 2 keeps --init's method
     return values
 
 
@@ -145,12 +145,10 @@ def parse(argv):
         if settings is None:
             raise ValueError(f"--init {args.init} is no run; weights go to --model")
         earlier = {name: settings.get(name) for name in FROM_INIT}
-        if args.dataset is None:                        # without --dataset: the data of that run
+        if args.dataset is None:                        # the data of that run; `recipe` needs args.dataset
             args.dataset, earlier["data_root"] = settings["dataset"], settings["data_root"]
         if settings["train"] != "method":
-            earlier["model"] = args.init                # its CLIP has learned, and lies in the run
-        elif args.model:
-            del earlier["model"]        # the run holds its method alone; --model says where its CLIP is now
+            earlier["model"] = args.init                # its CLIP has learned, and lies in its best.pt
     for name, value in given.items():
         if name in earlier and name not in MAY_CHANGE and value != earlier[name]:
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
@@ -191,8 +189,8 @@ def encode(tower, inputs, views):
     if views == 2:
         x = torch.cat([x, F.dropout(x, VIEW_DROPOUT)])                                  # (2B, L, C)
     # pool needs the inputs, to find each caption's EOT: so once for each view
-    pooled = [tower.pool(view, inputs) for view in tower.transformer(x).chunk(views)]
-    return tower.head(torch.cat(pooled)).float().chunk(views)                           # views x (B, D)
+    pooled = torch.cat([tower.pool(view, inputs) for view in tower.transformer(x).chunk(views)])
+    return tower.head(pooled).float().chunk(views)                                      # views x (B, D)
 
 
 def compute_loss(args, image, text, scale, same, person, classifier):
@@ -295,9 +293,9 @@ def start_processes(device):
 def gather(x):
     """The rows of this process (B / PROCESSES, ...) -> those of all (B, ...).
 
-    Each process computes the loss of the whole batch. In backward a row adds up its gradients of all
-    processes, PROCESSES times the same; the mean over processes, which the loop takes, makes that right. It
-    is right, too, for the temperature and the classifier, whose whole gradient each process has.
+    Each process computes the same loss, that of the whole batch. Backward adds up a row's gradients from all
+    processes, so it is PROCESSES times too large; the loop, which takes the mean over the processes in place
+    of the sum, makes that right. The temperature and the classifier have the whole gradient in each process.
     """
     if PROCESSES == 1:
         return x
@@ -310,7 +308,7 @@ def load_start(args):
     """What a run starts from: plain CLIP, or the run in --init, whose CLIP may have been moved to --model."""
     if not args.init:
         return eval.load_run(args.model, args.device, args.image_size, args.activation)
-    weights = args.model if args.model != args.init else None       # None: the run has its own CLIP
+    weights = args.model if args.model != args.init else None   # equal: CLIP lies in the run, see `parse`
     return eval.load_run(args.init, args.device, args.image_size, args.activation, weights)
 
 
@@ -358,6 +356,7 @@ def train(args):
     if args.loss.startswith("sdm") and pairs["train"].ids is None:
         raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none")
     model, tokenizer, fingerprint = build(args, pairs["train"].captions)
+    weights = eval.fingerprint(model) if args.init else fingerprint     # what it starts from, for --resume
     pairs, images, load_notes = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
     notes += load_notes
     if RANK == 0 and PROCESSES > 1:
@@ -384,7 +383,7 @@ def train(args):
     args.total_parameters = sum(p.numel() for p in model.parameters())
     classifier = None
     if args.loss == "sdm+id":       # learns too, is no part of the model, and is left behind after training
-        width = eval.encode_texts(model, tokens[:1]).shape[1]
+        width = eval.encode_texts(model, tokens[:1]).shape[1]       # a method's head may change it
         classifier = nn.Linear(width, int(owner_ids.max()) + 1, device=args.device)
         nn.init.normal_(classifier.weight, std=0.001)
         nn.init.zeros_(classifier.bias)
@@ -398,11 +397,11 @@ def train(args):
     # where to begin: at step 0, or at the last checkpoint; steps: of one epoch
     steps, step, history, sums = len(plan) // args.epochs, 0, [], {}
     captions = repr((pairs["train"].captions, owner_ids.tolist()))
-    origin = dict(steps=steps, clip=fingerprint, captions=hashlib.sha256(captions.encode()).hexdigest())
+    origin = dict(steps=steps, weights=weights, captions=hashlib.sha256(captions.encode()).hexdigest())
     if args.resume:
         last = clip.read_file(out / "last.pt")
         if last.get("origin") != origin:
-            raise ValueError(f"{out}/last.pt does not fit: the data, or the CLIP it began with, has changed")
+            raise ValueError(f"{out}/last.pt does not fit: the data, or the weights it began with, have changed")
         for name, value in last["learned"].items():
             learned[name].data.copy_(value)
         optimizer.load_state_dict(last["optimizer"])
@@ -503,9 +502,9 @@ def test(args, pairs, images, history, seconds):
     rows, total = [("chance", None, None, eval.chance(pairs[split]))], args.total_parameters
     if args.model not in FROM_SCRATCH:
         model, tokenizer, settings = load_start(args)
-        name, trained = f"before: {eval.label(settings)}", settings.get("trained_parameters", 0)
-        if not args.init and settings.get("dataset") != args.dataset:       # weights, or a run on other data
-            name, trained = "zero-shot", 0
+        name, trained = "zero-shot", 0
+        if args.init or settings.get("dataset") == args.dataset:        # it has learned on this data
+            name, trained = f"before: {eval.label(settings)}", settings.get("trained_parameters", 0)
         metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
         rows.append((name, trained, 100 * trained / total, metrics))
     model, tokenizer, settings = eval.load_run(args.out, args.device)
