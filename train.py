@@ -401,7 +401,7 @@ def train(args):
     if args.resume:
         last = clip.read_file(out / "last.pt")
         if last.get("origin") != origin:
-            raise ValueError(f"{out}/last.pt does not fit: the data or the weights it began with have changed")
+            raise ValueError(f"{out}/last.pt does not fit: the data or weights it began with have changed")
         for name, value in last["learned"].items():
             learned[name].data.copy_(value)
         optimizer.load_state_dict(last["optimizer"])

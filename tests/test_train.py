@@ -404,7 +404,7 @@ def test_a_run_whose_data_changed_is_not_resumed(world, tmp_path):
     run(*world[1], "--epochs", "1", "--out", tmp_path / "run")
     captions = write_pairs(tmp_path / "edited") / "train_caps.txt"      # as many steps, other words
     captions.write_text(captions.read_text().replace("under", "below"))
-    with pytest.raises(ValueError, match="does not fit: the data or the weights"):
+    with pytest.raises(ValueError, match="does not fit: the data or weights"):
         run("--resume", "--out", tmp_path / "run", "--data-root", tmp_path / "edited")
 
 
