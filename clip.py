@@ -615,6 +615,8 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
             raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
         weights = to_openai(content)
         config = config_of(weights, settings.get("image_size"))
+        if math.prod(config.grid) + 1 != len(weights["visual.positional_embedding"]):
+            config.image_size = image_size or config.image_size     # no square, as IRRA's 384 x 128
         trained_grid = config.grid
         if image_size:
             config.image_size = image_size
