@@ -614,6 +614,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
         if "trained" in content and "state_dict" not in content:
             raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
         weights = to_openai(content)
+        weights.setdefault("logit_scale", torch.tensor(math.log(50)))       # IRRA fixes it and saves none
         config = config_of(weights, settings.get("image_size"))
         if math.prod(config.grid) + 1 != len(weights["visual.positional_embedding"]):
             config.image_size = image_size or config.image_size     # no square, as IRRA's 384 x 128
