@@ -420,7 +420,7 @@ def loading(path):
         reason = " ".join(str(error).split())
         if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in it
             named = re.findall(r"GLOBAL (\S+)", reason)
-            reason = f"it is damaged or holds more than tensors {named}; nothing in it was run"
+            reason = f"damaged or more than tensors {named}: save a state_dict alone; nothing in it was run"
         raise ValueError(f"{path} cannot be loaded ({type(error).__name__}): {reason[:400]}") from error
 
 
@@ -497,6 +497,8 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is of type {entry['dtype']}: one of {', '.join(DTYPES)} is needed")
         dtype, shape, offset = DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0]
         tensor = torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=offset)
         tensors[name] = tensor.view(shape)
@@ -537,8 +539,7 @@ def to_openai(content):
             renamed[name] = tensor
     prefixes = [name.removesuffix(ANCHOR) for name in renamed if name.endswith(ANCHOR)]
     if len(prefixes) != 1:
-        raise ValueError(f"it holds {len(prefixes)} CLIPs {prefixes} among {list(content)[:3]} ...: one is "
-                         "needed, with OpenAI's two transformers; no ResNet, no SigLIP, no tower alone")
+        raise ValueError(f"it holds {len(prefixes)} CLIPs {prefixes} among {list(content)[:3]} ..., not one")
     weights = {name.removeprefix(prefixes[0]).removeprefix("text."): tensor     # text.: some of open_clip's
                for name, tensor in renamed.items() if name.startswith(prefixes[0])}
     for name in list(weights):
@@ -550,6 +551,10 @@ def to_openai(content):
 
 def config_of(weights, image_size):
     """CLIPConfig from the tensors' shapes; image_size: what it was trained at, None for a square."""
+    missing = {"visual.class_embedding", "text_projection", "token_embedding.weight"} - weights.keys()
+    if missing:
+        raise ValueError(f"it has no {sorted(missing)}, so it is no CLIP of two transformers but perhaps a "
+                         "ResNet, SigLIP or one tower alone")
     width, _, _, patch = weights[ANCHOR].shape
     vocab_size, text_width = weights["token_embedding.weight"].shape
     if width > 1024 or width % 64 or text_width % 64:       # ViT-H is 1280 wide, its heads are 80
@@ -576,7 +581,8 @@ def activation_beside(path, config, given):
         "model_cfg.text_cfg.pool_type": "argmax", "preprocess_cfg.interpolation": "bicubic",
         "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD), "do_normalize": True,
         "image_mean": list(MEAN), "image_std": list(STD), "preprocess_cfg.resize_mode": "shortest",
-        "rescale_factor": 1 / 255, "do_center_crop": True, "resample": 3,       # 3: bicubic
+        "do_resize": True, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255,
+        "model_cfg.vision_cfg.global_average_pool": False, "resample": 3,       # 3: bicubic
         "size.height": None,        # nothing may be stated
     }
     stated = {}
@@ -589,6 +595,10 @@ def activation_beside(path, config, given):
     for field, value in supported.items():
         if stated.get(field) not in (None, value):
             raise ValueError(f"a .json beside it says {field} {stated[field]!r}: only {value!r} is supported")
+    fields = ("size", "size.shortest_edge", "crop_size", "crop_size.height")
+    sizes = {stated[field] for field in fields if field in stated}
+    if len(sizes) > 1:
+        raise ValueError(f"a .json beside it resizes to one size and cuts another: {sorted(sizes)}")
     named = {stated.get("vision_config.hidden_act"), stated.get("text_config.hidden_act")} - {None}
     if any(field.startswith("model_cfg.") for field in stated):         # open_clip's default is GELU
         named.add("quick_gelu" if stated.get("model_cfg.quick_gelu") else "gelu")

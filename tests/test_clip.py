@@ -303,6 +303,7 @@ def refused(path, match):
     ("open_clip_config", {"preprocess_cfg": {"resize_mode": "squash"}}, "'squash': only 'shortest'"),
     ("preprocessor_config", {"do_normalize": False}, "do_normalize False"),
     ("preprocessor_config", {"size": {"height": 32, "width": 32}}, "size.height 32: only None"),
+    ("preprocessor_config", {"size": {"shortest_edge": 256}, "crop_size": 224}, r"another: \[224, 256\]"),
     ("processor_config", {"image_processor": {"image_std": [0.5, 0.5, 0.5]}}, r"image_std \[0.5")])
 def test_a_file_beside_the_weights_gives_the_activation_or_is_refused(tmp_path, file, content, expected):
     torch.save(random_clip().openai_state_dict(), tmp_path / "best.pt")
@@ -317,11 +318,11 @@ def test_a_file_beside_the_weights_gives_the_activation_or_is_refused(tmp_path, 
 @pytest.mark.parametrize("change, match", [
     (lambda s: {"visual.proj.lora_A.weight": s["visual.proj"]}, r"unmerged PEFT .* merge_and_unload\(\)"),
     (lambda s: {"trained": {}, "settings": {"model": "ViT-B/32"}}, "a method for ViT-B/32, .*use eval.py"),
-    (lambda s: {"epoch": 3}, r"0 CLIPs \[\] among \['epoch'\].* no ResNet"),
+    (lambda s: {"epoch": 3}, r"0 CLIPs \[\] among \['epoch'\] ..., not one"),
     (lambda s: s | {"ema." + name: s[name] for name in s}, "2 CLIPs .*'ema.'"),
     (lambda s: s | {"visual.proj": torch.zeros(192, 31)}, r"visual\.proj.*\[192, 31\].*\[192, 64\]"),
     (lambda s: s | {"visual.conv1.weight": torch.zeros(1280, 3, 14, 14)}, "1280 and 128 wide"),
-    (lambda s: {name: s[name] for name in s if "visual." in name}, "KeyError.*'token_embedding.weight'"),
+    (lambda s: {name: s[name] for name in s if "visual." in name}, r"no \['text_projection', 'token_em.*one tower"),
     (lambda s: b"<!DOCTYPE html>", "it starts with b'<!DOCTYPE"),
     (lambda s: b"\x3d\0\0\0\0\0\0\0" + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}half',
      "must not be greater than actual buffer length")])
@@ -346,7 +347,7 @@ def evil_script(state, path):
 
 
 @pytest.mark.parametrize("save, match", [
-    (torch.save, "holds more than tensors .*nothing in it was run"), (old_torch, "nothing in it was run"),
+    (torch.save, "more than tensors .*state_dict alone; nothing in it was run"), (old_torch, "nothing in it was run"),
     (evil_script, "KeyError.*mkdir")])
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch, save, match):
     monkeypatch.chdir(tmp_path)
@@ -375,8 +376,7 @@ def test_the_grid_of_positions_is_resized_bilinearly_and_the_class_row_kept(tmp_
     irra = random_clip(image_size=(48, 16)).openai_state_dict()     # no square, and its temperature is fixed
     del irra["logit_scale"]
     torch.save({"model": {f"base_model.{name}": irra[name] for name in irra}}, tmp_path / "irra.pth")
-    model = clip.load_clip(tmp_path / "irra.pth", image_size=(48, 16))
-    assert model.openai_state_dict().keys() - irra.keys() == {"logit_scale"} and model.config.grid == (3, 1)
+    assert clip.load_clip(tmp_path / "irra.pth", image_size=(48, 16)).logit_scale.exp().item() == pytest.approx(50)
 
 
 def test_a_run_of_ours_has_its_image_size_activation_and_vocabulary(tmp_path):
