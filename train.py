@@ -160,7 +160,8 @@ def parse(argv):
     limits = dict(epochs=1, batch_size=2 * PROCESSES, lr=1e-12, margin=1e-6, warmup=0, weight_decay=0, seed=0)
     for name, least in limits.items():
         if not least <= getattr(args, name) < 2 ** 31:      # so written, it refuses NaN too
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more, below 2 ** 31, is needed")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} or more is needed, "
+                             "below 2 ** 31")
     if args.train == "method" and (args.method == "none" or args.model in FROM_SCRATCH):
         raise ValueError(f"--train method with --model {args.model} --method {args.method}: give a method "
                          "and a trained CLIP, as in --model RUN --method mrs; --train backbone trains CLIP")
