@@ -546,11 +546,13 @@ def to_openai(content):
         if ".q_proj." in name:                      # Hugging Face's q, k and v are apart
             qkv = [weights.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             weights[name.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
+    weights.setdefault("logit_scale", torch.tensor(math.log(50)))       # IRRA's is fixed, and not saved
     return weights
 
 
-def config_of(weights, image_size):
-    """CLIPConfig from the tensors' shapes; image_size: what it was trained at, None for a square."""
+def config_of(weights, trained_size, wanted_size):
+    """CLIPConfig from the tensors' shapes, with the image size that it was trained at: trained_size, which a
+    run tells; else a square, or the wanted size where the patches are no square, as IRRA's 384 x 128."""
     missing = {"visual.class_embedding", "text_projection", "token_embedding.weight"} - weights.keys()
     if missing:
         raise ValueError(f"it has no {sorted(missing)}, so it is no CLIP of two transformers but perhaps a "
@@ -561,11 +563,15 @@ def config_of(weights, image_size):
         raise ValueError(f"its towers are {width} and {text_width} wide: heads must be 64 wide, up to ViT-L")
     blocks = [name for name in weights if name.endswith(".ln_1.bias")]
     vision_layers = sum(name.startswith("visual.") for name in blocks)
-    square = math.isqrt(len(weights["visual.positional_embedding"]) - 1) * patch
+    patches = len(weights["visual.positional_embedding"]) - 1
+    side = math.isqrt(patches)
+    if not trained_size and side * side != patches:
+        trained_size = wanted_size
     return CLIPConfig(
-        embed_dim=weights["text_projection"].shape[1], image_size=image_size or square, patch_size=patch,
-        vision_width=width, vision_layers=vision_layers, vocab_size=vocab_size, text_width=text_width,
-        context_length=len(weights["positional_embedding"]), text_layers=len(blocks) - vision_layers)
+        embed_dim=weights["text_projection"].shape[1], image_size=trained_size or side * patch,
+        patch_size=patch, vision_width=width, vision_layers=vision_layers,
+        context_length=len(weights["positional_embedding"]), vocab_size=vocab_size,
+        text_width=text_width, text_layers=len(blocks) - vision_layers)
 
 
 def activation_beside(path, config, given):
@@ -624,10 +630,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
         if "trained" in content and "state_dict" not in content:
             raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
         weights = to_openai(content)
-        weights.setdefault("logit_scale", torch.tensor(math.log(50)))       # IRRA fixes it and saves none
-        config = config_of(weights, settings.get("image_size"))
-        if math.prod(config.grid) + 1 != len(weights["visual.positional_embedding"]):
-            config.image_size = image_size or config.image_size     # no square, as IRRA's 384 x 128
+        config = config_of(weights, settings.get("image_size"), image_size)
         trained_grid = config.grid
         if image_size:
             config.image_size = image_size
