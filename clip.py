@@ -602,7 +602,7 @@ def activation_beside(path, config, given):
         if stated.get(field) not in (None, value):
             raise ValueError(f"a .json beside it says {field} {stated[field]!r}: only {value!r} is supported")
     fields = ("size", "size.shortest_edge", "crop_size", "crop_size.height")
-    sizes = {stated[field] for field in fields if field in stated}
+    sizes = {stated[field] for field in fields if stated.get(field)}
     if len(sizes) > 1:
         raise ValueError(f"a .json beside it resizes to one size and cuts another: {sorted(sizes)}")
     named = {stated.get("vision_config.hidden_act"), stated.get("text_config.hidden_act")} - {None}
