@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -309,18 +310,14 @@ def merge(symbols, pair):
 
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
-    path: a vocabulary like OpenAI's, as .gz, or a run of train.py, for the merges in it. With anything else,
-    None, a published name or other weights, it is OpenAI's vocabulary. merges: a list of "a b" instead."""
+    path: a vocabulary like OpenAI's, None for that one. merges: a list of "a b" instead, such as a run's."""
     def __init__(self, path=None, merges=None):
-        is_vocabulary = str(path).endswith(".gz")
-        if path is not None and path not in URLS and not is_vocabulary:
-            merges = read_file(path).get("merges")
-        self.merges = merges                    # None for OpenAI's
+        self.merges = merges                    # None for a vocabulary file
         if merges is None:
-            vocabulary = path if is_vocabulary else download(*VOCABULARY)
-            with loading(vocabulary), gzip.open(vocabulary, "rt", encoding="utf-8") as file:
+            path = path or download(*VOCABULARY)
+            with loading(path), gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")
-            merges = lines[1:1 + 48894]      # behind a header; the rest is unused: 512 + 48 894 + 2 ids
+            merges = lines[1:1 + 48894]         # behind a header; the rest is unused: 512 + 48 894 + 2 ids
         pairs = [tuple(line.split()) for line in merges]
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         ends = [symbol + "</w>" for symbol in BYTES.values()]
@@ -337,21 +334,17 @@ class Tokenizer:
         for caption in captions:
             counts.update(words_of(caption))
         words = [(spell(word), count) for word, count in counts.items() if word not in (SOT, EOT)]
-        pairs, learned = Counter(), []
-        for symbols, count in words:
-            for pair in zip(symbols, symbols[1:]):
-                pairs[pair] += count
-        while len(learned) < merges and any(pairs.values()):
+        learned = []
+        for _ in tqdm(range(merges), "learning the vocabulary", leave=False, disable=None):
+            pairs = Counter()
+            for symbols, count in words:
+                for pair in zip(symbols, symbols[1:]):
+                    pairs[pair] += count
+            if not pairs:                       # each word is one symbol
+                break
             best = max(pairs, key=lambda pair: (pairs[pair], pair))
             learned.append(" ".join(best))
-            for i, (symbols, count) in enumerate(words):
-                if best[0] in symbols:          # to save time: in other words nothing would change
-                    merged = merge(symbols, best)
-                    words[i] = merged, count
-                    for pair in zip(symbols, symbols[1:]):
-                        pairs[pair] -= count
-                    for pair in zip(merged, merged[1:]):
-                        pairs[pair] += count
+            words = [(merge(symbols, best), count) for symbols, count in words]
         return cls(merges=learned)
 
     def ids_of(self, word):
@@ -497,8 +490,6 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} is of type {entry['dtype']}: one of {', '.join(DTYPES)} is needed")
         dtype, shape, offset = DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0]
         tensor = torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=offset)
         tensors[name] = tensor.view(shape)
@@ -546,72 +537,51 @@ def to_openai(content):
         if ".q_proj." in name:                      # Hugging Face's q, k and v are apart
             qkv = [weights.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             weights[name.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
-    weights.setdefault("logit_scale", torch.tensor(math.log(50)))       # IRRA's is fixed, and not saved
     return weights
 
 
-def config_of(weights, trained_size, wanted_size):
-    """CLIPConfig from the tensors' shapes, with the image size that it was trained at: trained_size, which a
-    run tells; else a square, or the wanted size where the patches are no square, as IRRA's 384 x 128."""
-    missing = {"visual.class_embedding", "text_projection", "token_embedding.weight"} - weights.keys()
-    if missing:
-        raise ValueError(f"it has no {sorted(missing)}, so it is no CLIP of two transformers but perhaps a "
-                         "ResNet, SigLIP or one tower alone")
+def config_of(weights, image_size):
+    """CLIPConfig from the tensors' shapes. image_size: the one it was trained at; None: its patches fill a
+    square."""
     width, _, _, patch = weights[ANCHOR].shape
     vocab_size, text_width = weights["token_embedding.weight"].shape
     if width > 1024 or width % 64 or text_width % 64:       # ViT-H is 1280 wide, its heads are 80
         raise ValueError(f"its towers are {width} and {text_width} wide: heads must be 64 wide, up to ViT-L")
     blocks = [name for name in weights if name.endswith(".ln_1.bias")]
     vision_layers = sum(name.startswith("visual.") for name in blocks)
-    patches = len(weights["visual.positional_embedding"]) - 1
-    side = math.isqrt(patches)
-    if not trained_size and side * side != patches:
-        trained_size = wanted_size
+    side = math.isqrt(len(weights["visual.positional_embedding"]) - 1)      # in patches
     return CLIPConfig(
-        embed_dim=weights["text_projection"].shape[1], image_size=trained_size or side * patch,
+        embed_dim=weights["text_projection"].shape[1], image_size=image_size or side * patch,
         patch_size=patch, vision_width=width, vision_layers=vision_layers,
         context_length=len(weights["positional_embedding"]), vocab_size=vocab_size,
         text_width=text_width, text_layers=len(blocks) - vision_layers)
 
 
-def activation_beside(path, config, given):
-    """The activation: the given one, or what Hugging Face's or open_clip's files beside the weights say, or
-    quick_gelu. ValueError for what these files ask and this code cannot do."""
+def activation_beside(path, config):
+    """The activation that Hugging Face's or open_clip's files beside the weights state, or quick_gelu.
+    ValueError for heads, eps or a normalisation that this code cannot do."""
+    stated = {}
+    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
+        file = path.with_name(name)
+        if file.is_file():
+            with loading(file):
+                stated.update(flatten(json.loads(file.read_text(encoding="utf-8"))))
     supported = {
         "vision_config.num_attention_heads": config.vision_width // 64, "vision_config.layer_norm_eps": 1e-5,
         "text_config.num_attention_heads": config.text_width // 64, "text_config.layer_norm_eps": 1e-5,
         "model_cfg.vision_cfg.head_width": 64, "model_cfg.text_cfg.heads": config.text_width // 64,
-        "model_cfg.vision_cfg.act_kwargs.approximate": "none", "model_cfg.vision_cfg.pool_type": "tok",
-        "model_cfg.text_cfg.act_kwargs.approximate": "none", "model_cfg.text_cfg.no_causal_mask": False,
         "model_cfg.vision_cfg.norm_kwargs.eps": 1e-5, "model_cfg.text_cfg.norm_kwargs.eps": 1e-5,
-        "model_cfg.text_cfg.pool_type": "argmax", "preprocess_cfg.interpolation": "bicubic",
-        "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD), "do_normalize": True,
-        "image_mean": list(MEAN), "image_std": list(STD), "preprocess_cfg.resize_mode": "shortest",
-        "do_resize": True, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255,
-        "model_cfg.vision_cfg.global_average_pool": False, "resample": 3,       # 3: bicubic
-        "size.height": None,        # nothing may be stated
+        "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD),
+        "image_mean": list(MEAN), "image_std": list(STD), "do_normalize": True,
     }
-    stated = {}
-    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"):
-        file = path.with_name(name)
-        if file.is_file():
-            with loading(file):
-                settings = json.loads(file.read_text(encoding="utf-8"))
-                stated.update(flatten(settings | settings.get("image_processor", {})))
     for field, value in supported.items():
         if stated.get(field) not in (None, value):
             raise ValueError(f"a .json beside it says {field} {stated[field]!r}: only {value!r} is supported")
-    fields = ("size", "size.shortest_edge", "crop_size", "crop_size.height")
-    sizes = {stated[field] for field in fields if stated.get(field)}
-    if len(sizes) > 1:
-        raise ValueError(f"a .json beside it resizes to one size and cuts another: {sorted(sizes)}")
     named = {stated.get("vision_config.hidden_act"), stated.get("text_config.hidden_act")} - {None}
     if any(field.startswith("model_cfg.") for field in stated):         # open_clip's default is GELU
         named.add("quick_gelu" if stated.get("model_cfg.quick_gelu") else "gelu")
-    if given:
-        named = {given}
     if named not in (set(), {"quick_gelu"}, {"gelu"}):
-        raise ValueError(f"its activation is {sorted(named)}: give quick_gelu or gelu, for both towers")
+        raise ValueError(f"its activation is {sorted(named)}: both towers must have quick_gelu or both gelu")
     return named.pop() if named else "quick_gelu"
 
 
@@ -625,12 +595,11 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     content = read_file(path)
     with loading(path):
         settings = content.get("settings", {})      # of a run of train.py
-        if "learned" in content and "optimizer" in content:
-            raise ValueError("it is a checkpoint for --resume, no CLIP: give the run's folder, or best.pt")
-        if "trained" in content and "state_dict" not in content:
-            raise ValueError(f"it holds a method for {settings.get('model')}, no CLIP: use eval.py {path}")
+        if settings and "state_dict" not in content:
+            raise ValueError("it holds no CLIP but what a run of train.py learned: give the run's folder to "
+                             "eval.py or to --init")
         weights = to_openai(content)
-        config = config_of(weights, settings.get("image_size"), image_size)
+        config = config_of(weights, settings.get("image_size"))
         trained_grid = config.grid
         if image_size:
             config.image_size = image_size
@@ -639,7 +608,8 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
             position = position.T.reshape(1, config.vision_width, *trained_grid)   # (1, C, rows, columns)
             position = F.interpolate(position, config.grid, mode="bilinear", align_corners=False)
             weights["visual.positional_embedding"] = torch.cat([cls, position[0].flatten(1).T])
-        config.activation = activation_beside(path, config, activation or settings.get("activation"))
+        stated = activation_beside(path, config)
+        config.activation = activation or settings.get("activation") or stated
         with torch.device("meta"):      # takes no memory and draws no random numbers
             model = CLIP(config)
         ours = {name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor

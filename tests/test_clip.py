@@ -294,17 +294,14 @@ def refused(path, match):
     ("open_clip_config", {"model_cfg": {"vision_cfg": {"head_width": 64}}}, F.gelu),
     ("open_clip_config", {"model_cfg": {"quick_gelu": True}}, clip.quick_gelu),
     ("config", {"vision_config": {"hidden_act": "gelu"}, "text_config": {"hidden_act": "quick_gelu"}},
-     r"\['gelu', 'quick_gelu'\]: give quick_gelu or gelu, for both towers"),
+     r"\['gelu', 'quick_gelu'\]: both towers must"),
     ("config", {"vision_config": {"num_attention_heads": 12}}, "num_attention_heads 12: only 3"),
     ("config", {"text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06: only 1e-05"),
     ("config", [1], "config.json cannot be loaded"),
-    ("open_clip_config", {"model_cfg": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}}, "'tanh'"),
+    ("open_clip_config", {"model_cfg": {"vision_cfg": {"head_width": 80}}}, "head_width 80: only 64"),
     ("open_clip_config", {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, r"cfg.mean \[0.5, .*only \[0.48"),
-    ("open_clip_config", {"preprocess_cfg": {"resize_mode": "squash"}}, "'squash': only 'shortest'"),
     ("preprocessor_config", {"do_normalize": False}, "do_normalize False"),
-    ("preprocessor_config", {"size": {"height": 32, "width": 32}}, "size.height 32: only None"),
-    ("preprocessor_config", {"size": {"shortest_edge": 256}, "crop_size": 224}, r"another: \[224, 256\]"),
-    ("processor_config", {"image_processor": {"image_std": [0.5, 0.5, 0.5]}}, r"image_std \[0.5")])
+    ("preprocessor_config", {"image_std": [0.5, 0.5, 0.5]}, r"image_std \[0.5")])
 def test_a_file_beside_the_weights_gives_the_activation_or_is_refused(tmp_path, file, content, expected):
     torch.save(random_clip().openai_state_dict(), tmp_path / "best.pt")
     (tmp_path / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -317,12 +314,12 @@ def test_a_file_beside_the_weights_gives_the_activation_or_is_refused(tmp_path, 
 
 @pytest.mark.parametrize("change, match", [
     (lambda s: {"visual.proj.lora_A.weight": s["visual.proj"]}, r"unmerged PEFT .* merge_and_unload\(\)"),
-    (lambda s: {"trained": {}, "settings": {"model": "ViT-B/32"}}, "a method for ViT-B/32, .*use eval.py"),
+    (lambda s: {"trained": {}, "settings": {"model": "ViT-B/32"}}, "no CLIP but .*give the run's folder to eval.py"),
     (lambda s: {"epoch": 3}, r"0 CLIPs \[\] among \['epoch'\] ..., not one"),
     (lambda s: s | {"ema." + name: s[name] for name in s}, "2 CLIPs .*'ema.'"),
     (lambda s: s | {"visual.proj": torch.zeros(192, 31)}, r"visual\.proj.*\[192, 31\].*\[192, 64\]"),
     (lambda s: s | {"visual.conv1.weight": torch.zeros(1280, 3, 14, 14)}, "1280 and 128 wide"),
-    (lambda s: {name: s[name] for name in s if "visual." in name}, r"no \['text_projection', 'token_em.*one tower"),
+    (lambda s: {name: s[name] for name in s if "visual." in name}, "KeyError.*token_embedding.weight"),
     (lambda s: b"<!DOCTYPE html>", "it starts with b'<!DOCTYPE"),
     (lambda s: b"\x3d\0\0\0\0\0\0\0" + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}half',
      "must not be greater than actual buffer length")])
@@ -373,18 +370,13 @@ def test_the_grid_of_positions_is_resized_bilinearly_and_the_class_row_kept(tmp_
     assert position[1::2, :2].tolist() == [[row, 0.0] for row in rows]
     assert position[2::2, :2].tolist() == [[row, 8.0] for row in rows]
     same(clip.load_clip(tmp_path / "a.pt", image_size=32), model)
-    irra = random_clip(image_size=(48, 16)).openai_state_dict()     # no square, and its temperature is fixed
-    del irra["logit_scale"]
-    torch.save({"model": {f"base_model.{name}": irra[name] for name in irra}}, tmp_path / "irra.pth")
-    assert clip.load_clip(tmp_path / "irra.pth", image_size=(48, 16)).logit_scale.exp().item() == pytest.approx(50)
 
 
-def test_a_run_of_ours_has_its_image_size_activation_and_vocabulary(tmp_path):
+def test_a_run_of_ours_has_its_image_size_and_activation(tmp_path):
     model = random_clip(image_size=(48, 16), activation="gelu")
-    torch.save({"state_dict": model.openai_state_dict(), "trained": {}, "merges": ["a b", "ab c"],
+    torch.save({"state_dict": model.openai_state_dict(), "trained": {},
                 "settings": {"image_size": (48, 16), "activation": "gelu"}}, tmp_path / "best.pt")
     same(clip.load_clip(tmp_path), model)
-    assert clip.Tokenizer(tmp_path).merges == ["a b", "ab c"]
 
 
 def test_openais_files_are_fetched_once_and_checked_and_a_failure_says_what_to_do(tmp_path, monkeypatch):
