@@ -238,6 +238,13 @@ def label(settings):
     return f"{name}, {settings['loss']}" + (", same masked" if settings.get("mask_same") else "")
 
 
+def row_of(model, tokenizer, settings, pairs, images):
+    """A row of `table` for one model and split: its label, trained parameters, their share, its metrics."""
+    trained, total = settings.get("trained_parameters", 0), sum(p.numel() for p in model.parameters())
+    metrics = evaluate(model, tokenizer, pairs, images, settings["precision"])
+    return label(settings), trained, 100 * trained / total, metrics
+
+
 def table(rows, more_heads=()):
     """Markdown table, its columns lined up for a terminal too. rows: (label, trained parameters or None,
     share in percent or None, metrics, a string for each of more_heads). Heads: i2t R@1, R@5, ... mR."""
@@ -317,16 +324,9 @@ def plot_curve(history, path):
 
 def find_files(folder):
     """All files under a folder, at any depth, links followed; not hidden ones, such as macOS's ._*."""
-    paths, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:            # a link that leads back
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = [os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")]
-        paths += [path for path in visible if os.path.isfile(path)]
-    return paths
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True), reverse=True)
+    path_of_file = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
+    return sorted(path_of_file.values())        # a file that links show in several places: one of them
 
 
 def encode_files(model, paths, folder):
@@ -410,13 +410,10 @@ def test(args, pairs, model, tokenizer, settings):
     splits, images, notes = data.load({args.split: pairs}, model.config.image_size, args.cache, args.skip_bad)
     pairs, images = splits[args.split], images[args.split]
     notes += caption_notes(tokenizer, pairs.captions, model.config.context_length, args.split)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    print(*notes, f"model  {args.run}: {total:,} parameters, activation {model.config.activation}",
+    print(*notes, f"model  {args.run}: activation {model.config.activation}",
           f"data   {args.split}: {len(pairs.images)} images, {len(pairs.captions)} captions", sep="\n")
-    metrics = evaluate(model, tokenizer, pairs, images, settings["precision"])
-    trained = settings.get("trained_parameters", 0)
-    print("\n" + table([("chance", None, None, chance(pairs)),
-                        (label(settings), trained, 100 * trained / total, metrics)]))
+    rows = [("chance", None, None, chance(pairs)), row_of(model, tokenizer, settings, pairs, images)]
+    print("\n" + table(rows))
 
 
 def main(argv=None):

@@ -281,11 +281,7 @@ def save(path, content):
 def start_processes(device):
     """Join the processes that torchrun started, each on its own GPU; process 0 is the one that speaks."""
     if device == "cuda":
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise ValueError(f"process {local_rank + 1} of this machine has no GPU, there are {gpus}: "
-                             "start as many processes as GPUs")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -500,24 +496,20 @@ def test(args, pairs, images, history, seconds):
     """The test split, once training is over: chance, what the run started from, best.pt -> rows of its table.
     seconds: what training took."""
     split = "test" if "test" in pairs else "val"
-    rows, total = [("chance", None, None, eval.chance(pairs[split]))], args.total_parameters
+    rows = [("chance", None, None, eval.chance(pairs[split]))]
     if args.model not in FROM_SCRATCH:
         model, tokenizer, settings = load_start(args)
-        name, trained = "zero-shot", 0
-        if args.init or settings.get("dataset") == args.dataset:        # it has learned on this data
-            name, trained = f"before: {eval.label(settings)}", settings.get("trained_parameters", 0)
-        metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
-        rows.append((name, trained, 100 * trained / total, metrics))
+        settings["precision"] = args.precision
+        name, *others = eval.row_of(model, tokenizer, settings, pairs[split], images[split])
+        learned_here = args.init or settings.get("dataset") == args.dataset
+        rows.append((f"before: {name}", *others) if learned_here else ("zero-shot", 0, 0.0, others[-1]))
     model, tokenizer, settings = eval.load_run(args.out, args.device)
-    metrics = eval.evaluate(model, tokenizer, pairs[split], images[split], args.precision)
-    trained = args.trained_parameters
-    rows.append((eval.label(settings), trained, 100 * trained / total, metrics))
+    rows.append(eval.row_of(model, tokenizer, settings, pairs[split], images[split]))
     tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, epoch {settings['epoch']}, "
                f"{tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"
                f"curve: {args.out}/curve.png; next: python eval.py {args.out} --split {split}")
     eval.plot_curve(history, Path(args.out) / "curve.png")
-    content = dict(settings=vars(args), split=split, minutes=seconds / 60, total_parameters=total,
-                   rows=rows, history=history)
+    content = dict(settings=vars(args), split=split, minutes=seconds / 60, rows=rows, history=history)
     (Path(args.out) / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return rows
 
