@@ -4,7 +4,7 @@ Radford et al., Learning Transferable Visual Models From Natural Language Superv
 Facts that bite: a caption ends in EOT, where its feature is read; attention in the text tower is causal, so
 nothing after EOT matters; OpenAI's models use QuickGELU, many of open_clip's GELU; all heads are 64 wide.
 
-Shapes: B batch, L sequence length, C width, H heads, D joint width of both towers.
+Shapes: B batch, L sequence length, C width, H heads, D width of the joint space of images and texts.
 A deviation from OpenAI's code is marked `differs from`.
 """
 import gzip
@@ -60,7 +60,7 @@ def quick_gelu(x):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention in three steps, for methods to change one: project, attend, out_proj."""
+    """Multi-head self-attention, in the steps project, attend, out_proj: a method may act between them."""
     def __init__(self, width, causal):
         super().__init__()
         self.heads, self.causal = width // 64, causal
@@ -74,7 +74,7 @@ class Attention(nn.Module):
     def attend(self, q, k, v):
         q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))     # (B, H, L, C/H)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # torch's fused backward is about 4x slower than the written-out product in bf16 on a CPU
+            # the same, written out: in bf16 on a CPU the backward of torch's fused one is about 4x slower
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)          # (B, H, L, L)
             if self.causal:
                 scores = scores + torch.full(scores.shape[2:], float("-inf"), dtype=q.dtype).triu(1)
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
         self.grad_checkpointing = False     # True: less memory, as backward computes each block once more
-        # differs from OpenAI, which begins only the text tower like this and leaves the MLP's biases random
+        # differs from OpenAI, which initialises only the text tower so, and the MLP's biases at random
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Normalised images (B, 3, H, W) -> (B, D), the feature at the class token."""
+    """Normalised images (B, 3, height, width) -> (B, D), the feature at the class token."""
     def __init__(self, config):
         super().__init__()
         width, patch, scale = config.vision_width, config.patch_size, config.vision_width ** -0.5
@@ -164,7 +164,7 @@ class VisionTower(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.positional_embedding            # (B, L = 1 + patches, C)
         return self.ln_pre(x)
 
-    def pool(self, x, images):          # images: not used, but both towers' pools are called alike
+    def pool(self, x, images):          # images: not used; train.encode calls the pools of both towers alike
         return self.ln_post(x[:, 0]) @ self.proj                              # (B, D), from the class token
 
     def forward(self, images):
@@ -176,7 +176,7 @@ class TextTower(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.text_width
-        self.eot = config.vocab_size - 1    # the highest id: argmax finds the first one
+        self.eot = config.vocab_size - 1    # the highest id, so a row's argmax is its first EOT
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.transformer = Transformer(width, config.text_layers, True, config.activation)
@@ -186,9 +186,10 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def embed(self, tokens):
-        # to save time, cut the columns to the right of every row's first EOT. Exact: attention is causal, all
-        # else works token by token, and a feature is read at the row's first EOT alone
-        tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
+        # to save time, cut the columns behind the last of the rows' first EOTs. Exact: attention is causal,
+        # all else works token by token, and a feature is read at its row's first EOT alone
+        eot = tokens.argmax(dim=1)                                            # (B,), if a row has one
+        tokens = tokens[:, :int(eot.max()) + 1]
         L, longest = tokens.shape[1], len(self.positional_embedding)
         if L > longest or (tokens.amax(dim=1) != self.eot).any():
             raise ValueError(f"each text must have EOT, {self.eot}, in its first {longest} tokens")
@@ -210,10 +211,10 @@ class CLIP(nn.Module):
         self.visual = VisionTower(config)
         self.text = TextTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.own_names = list(self.state_dict())        # before a method adds its parameters
+        self.own_names = list(self.state_dict())        # for openai_state_dict, before a method adds its own
 
     def encode_image(self, images):
-        """Normalised images (B, 3, H, W) -> unit-length features (B, D) in float32."""
+        """Normalised images (B, 3, height, width) -> unit-length features (B, D) in float32."""
         # differs from OpenAI, in both encoders: its features are not normalised
         return F.normalize(self.visual(images).float(), dim=-1)
 
@@ -222,14 +223,14 @@ class CLIP(nn.Module):
         return F.normalize(self.text(tokens).float(), dim=-1)
 
     def openai_state_dict(self):
-        """CLIP's own tensors under OpenAI's names: for square images, loads into OpenAI's CLIP and open_clip.
+        """CLIP's own tensors under OpenAI's names, for OpenAI's CLIP and open_clip (they take square images).
         A method that wraps a part of CLIP holds it as `.inner`; a method's own tensors are left out."""
         unwrapped = {name.replace("inner.", ""): tensor for name, tensor in self.state_dict().items()}
         return {name.removeprefix("text."): unwrapped[name] for name in self.own_names}
 
 
-# the published sizes, and two to train from scratch, whose vocabulary is learned from captions (0: not yet).
-# D, pixels, patch; width and layers of images; context length, vocabulary; width and layers of text
+# The published sizes, and two to train from scratch. In order: D; image size, patch size, width and layers of
+# the image tower; context length, vocabulary (0: learned from captions later), width and layers of the text's
 SIZES = {
     "tiny": CLIPConfig(128, 80, 16, 192, 5, 32, 0, 128, 3),
     "small": CLIPConfig(256, 128, 16, 256, 6, 77, 0, 256, 4),
@@ -247,8 +248,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(image, size):
-    """PIL image -> uint8 tensor (3, H, W), equal to OpenAI's torchvision pipeline to the bit, EXIF ignored.
-    size: of the short side, in pixels, before the centre is cut out; or (height, width), without a cut."""
+    """PIL image -> uint8 (3, height, width), equal to OpenAI's torchvision pipeline to the bit, EXIF ignored.
+    size: an int scales the short side to it and cuts out the centre square; (height, width) stretches."""
     if isinstance(size, int):
         width, height = (int(size * side / min(image.size)) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
@@ -260,7 +261,7 @@ def preprocess(image, size):
 
 
 def normalize(images):
-    """Levels 0 to 255 (B, 3, H, W), uint8 or float -> float32 of about mean 0 and variance 1, same device."""
+    """Levels 0 to 255 (B, 3, height, width), uint8 or float -> float32 of about mean 0 and variance 1."""
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(3, 1, 1)
     return (images / 255 - mean) / std      # in this order the bits equal torchvision's
@@ -269,16 +270,16 @@ def normalize(images):
 VOCABULARY = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")       # its sha256
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
-# OpenAI's pattern without the package regex: \w is letters, numbers and _, \d is digits, NUMBERS the numbers
-# that are no digits, such as a raised 2.
-# differs from OpenAI: NUMBERS ends at U+3400, so number signs above it, of rare scripts, count as letters;
-# letters that Python's tables do not know yet count as signs
+# OpenAI's pattern for Python's re, where \w is a letter, number or _, and \d a digit. NUMBERS: numbers that
+# are no digits, such as a raised 2. differs from OpenAI: above U+3400 these count as letters, and letters
+# newer than Python's tables as signs
 NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
-WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
-                  rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]"     # letters; one number
-                  r"|(?:[^\s\w\u0345]|_)+")                 # signs; U+0345, a mark, is dropped, as by OpenAI
+WORD = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+                  rf"|[^\W\d_{NUMBERS}]+"       # letters: each a \w, but no digit, no _, none of NUMBERS
+                  rf"|[\d{NUMBERS}]"            # one number
+                  r"|(?:[^\s\w\u0345]|_)+")     # signs; U+0345, a mark, is dropped, as by OpenAI
 CURLY = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
-# BPE works on bytes written as visible characters: Latin-1's as they are, the other 68 from U+0100 on
+# BPE works on bytes written as characters: the 188 visible ones of Latin-1, 68 others as U+0100, U+0101, ...
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 BYTES = dict(zip(VISIBLE + HIDDEN, map(chr, VISIBLE + [*range(256, 324)])))
@@ -310,14 +311,14 @@ def merge(symbols, pair):
 
 class Tokenizer:
     """Byte-level BPE with OpenAI's ids: 256 bytes, 256 bytes that end a word, one id per merge, SOT, EOT.
-    path: a vocabulary like OpenAI's, None for that one. merges: a list of "a b" instead, such as a run's."""
+    path: a vocabulary file, None for OpenAI's. merges: in place of a file, a list of strings "a b"."""
     def __init__(self, path=None, merges=None):
         self.merges = merges                    # None for a vocabulary file
         if merges is None:
             path = path or download(*VOCABULARY)
             with loading(path), gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")
-            merges = lines[1:1 + 48894]         # behind a header; the rest is unused: 512 + 48 894 + 2 ids
+            merges = lines[1:1 + 48894]         # after a header; 512 bytes + 48 894 + SOT, EOT = 49 408 ids
         pairs = [tuple(line.split()) for line in merges]
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         ends = [symbol + "</w>" for symbol in BYTES.values()]
@@ -400,7 +401,7 @@ HUGGING_FACE = {    # pieces of their names -> of OpenAI's, replaced in this ord
     "encoder.layers.": "transformer.resblocks.", "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.",
     "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.", "self_attn.": "attn.",
 }
-ANCHOR = "visual.conv1.weight"      # in every CLIP; what precedes it in a file is the prefix of all names
+ANCHOR = "visual.conv1.weight"      # in every CLIP; what precedes it in a file, "model.", precedes all names
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 
 
@@ -412,8 +413,8 @@ def loading(path):
     except Exception as error:
         reason = " ".join(str(error).split())
         if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in it
-            named = re.findall(r"GLOBAL (\S+)", reason)
-            reason = f"damaged or more than tensors {named}: save a state_dict alone; nothing in it was run"
+            objects = re.findall(r"GLOBAL (\S+)", reason)
+            reason = f"damaged or more than tensors {objects}: save a state_dict alone; nothing in it was run"
         raise ValueError(f"{path} cannot be loaded ({type(error).__name__}): {reason[:400]}") from error
 
 
@@ -460,8 +461,8 @@ class ScriptModule(dict):
 
 
 class ScriptUnpickler(pickle.Unpickler):
-    """Reads a TorchScript archive and runs nothing in it. A pickle may name any function of Python; here
-    only KNOWN, TorchScript's own classes and its mark of types; any other name is an error."""
+    """Reads a TorchScript archive and runs nothing in it. A pickle names classes and functions to call: here
+    modules become dicts, marks of types are dropped, KNOWN has the rest, and any other name is a KeyError."""
     KNOWN = {
         "OrderedDict": dict,
         "HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long,
@@ -473,17 +474,17 @@ class ScriptUnpickler(pickle.Unpickler):
         self.folder = folder
 
     def find_class(self, module, name):
-        if module == "torch.jit._pickle":           # called on a list or dict to mark its type
+        if module == "torch.jit._pickle":           # it would mark the type of a list or dict
             return lambda value, *_: value
         return ScriptModule if module.startswith("__torch__") else self.KNOWN[name]
 
     def persistent_load(self, storage):
-        _, dtype, key, *_ = storage     # dtype: what KNOWN has for the storage's class
+        _, dtype, key, *_ = storage     # dtype: what KNOWN has in place of the storage's class
         return torch.frombuffer(bytearray((self.folder / "data" / key).read_bytes()), dtype=dtype)
 
 
 def read_safetensors(path):
-    """{name: tensor}. The file: the length of a JSON header in 8 bytes, the header, the tensors' bytes."""
+    """{name: tensor}. The file: 8 bytes with the length of a JSON header; the header; the tensors' bytes."""
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -511,13 +512,13 @@ def read_file(name_or_path):
                 return ScriptUnpickler(folder).load()
         elif start[:1] != b"\x80":                      # nor a pickle, which torch.save wrote before 1.6
             raise ValueError(f"it is no weight file, it starts with {start!r}")
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        return dict(torch.load(path, map_location="cpu", weights_only=True))        # a zip or a pickle
 
 
 def to_openai(content):
     """{OpenAI's name: tensor} from OpenAI's, open_clip's or Hugging Face's names behind any common prefix."""
     for container in ("state_dict", "model_state_dict", "model"):
-        content = content.get(container, content)
+        content = content.get(container, content)       # the container, if there is one
     renamed = {}
     for name, tensor in flatten(content).items():
         if "lora_A" in name or "base_layer" in name:
@@ -557,9 +558,9 @@ def config_of(weights, image_size):
         text_width=text_width, text_layers=len(blocks) - vision_layers)
 
 
-def activation_beside(path, config):
+def check_beside(path, config):
     """The activation that Hugging Face's or open_clip's files beside the weights state, or quick_gelu.
-    ValueError for heads, eps or a normalisation that this code cannot do."""
+    ValueError if they state heads, eps or a normalisation that this code does not have."""
     stated = {}
     for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
         file = path.with_name(name)
@@ -593,7 +594,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     FileNotFoundError or ValueError."""
     path = find_file(name_or_path)
     content = read_file(path)
-    with loading(path):
+    with loading(path):             # also for what does not fit
         settings = content.get("settings", {})      # of a run of train.py
         if settings and "state_dict" not in content:
             raise ValueError("it holds no CLIP but what a run of train.py learned: give the run's folder to "
@@ -608,11 +609,12 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
             position = position.T.reshape(1, config.vision_width, *trained_grid)   # (1, C, rows, columns)
             position = F.interpolate(position, config.grid, mode="bilinear", align_corners=False)
             weights["visual.positional_embedding"] = torch.cat([cls, position[0].flatten(1).T])
-        stated = activation_beside(path, config)
+        stated = check_beside(path, config)
         config.activation = activation or settings.get("activation") or stated
         with torch.device("meta"):      # takes no memory and draws no random numbers
             model = CLIP(config)
-        ours = {name if name.startswith(("visual.", "logit_scale")) else "text." + name: tensor
-                for name, tensor in weights.items()}
+        ours = {}
+        for name, tensor in weights.items():
+            ours[name if name.startswith(("visual.", "logit_scale")) else f"text.{name}"] = tensor
         model.to_empty(device="cpu").load_state_dict(ours)
     return model.to(device).eval()
