@@ -1,4 +1,4 @@
-"""Parameter-efficient transfer of CLIP: 19 methods, one function each.
+"""Parameter-efficient transfer of CLIP: 18 methods and "none", the frozen CLIP, one function each.
 
 Papers: "Parameter-Efficient Transfer Learning for Remote Sensing Image-Text Retrieval", arXiv 2308.12509, and
 "Prompt Decoupling for Text-to-Image Person Re-identification", arXiv 2401.02173.
@@ -7,14 +7,14 @@ Papers: "Parameter-Efficient Transfer Learning for Remote Sensing Image-Text Ret
     add_method(model, "mrs", bottleneck=64)     # CLIP is frozen; only what was added has requires_grad
 
 clip.py imports nothing from here. Four moves, alone or together, install any method:
-1. wrap a block: a module holds it as `.inner`, a name that `openai_state_dict` takes out again, and restates
-   its two lines (SSF wraps single layers as well);
+1. wrap a block: a module holds it as `.inner` (CLIP.openai_state_dict knows this name) and restates its two
+   lines of `forward`; SSF wraps single layers as well;
 2. `Prompted(inner, m, width)`: m learned tokens join what a module reads and leave what it returns;
 3. set `tower.head`, which is nn.Identity() in plain CLIP;
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
 A new method is a function add_name(model, size=default) that makes such moves, entered in METHODS at the end
-of the file. It raises errors before it changes the model; all parameters that it creates learn. In the text
-tower it must be causal, as captions are cut behind EOT. A new size needs a flag in train.py.
+of the file. It raises errors before it adds anything; all parameters that it creates learn. In the text tower
+it must be causal, as captions are cut behind EOT. A new size stands in SIZES and needs a flag in train.py.
 
 Where prompts enter and leave, around each block (deep) or around the whole transformer (shallow):
     [first | rest]  ->  [first | m prompts | rest]  ->  inner  ->  [first | rest]
@@ -26,12 +26,12 @@ never sees a word. In the image tower all tokens see each other.
 To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one for
 all blocks of both towers, `MRSAdapter({"image": 768, "text": 512})`, and freeze all else. Each block is
 `x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`. Call train() and eval(): it has dropout.
-New parameters are float32 however CLIP is stored, so train under autocast.
+In both cases new parameters are float32 however CLIP is stored, so train under autocast.
 
 A side is "image" or "text". Shapes: B batch, L sequence length, C width of a tower, D joint width, m prompt
 length, d inner width of an adapter (the bottleneck). Counts are for ViT-B/32: 12 blocks in each tower,
-C = 768 and 512, D = 512. A method follows its paper but for what a line `differs from` says. In such lines
-"there" is that paper; "(the count of X)" means that a size was chosen to reach the number of parameters in X.
+C = 768 and 512, D = 512. A method follows its paper but for what a line `differs from X` says. In such lines
+"there" is in X; "(the count of Y)" means that a size was chosen to reach the number of parameters in Y.
 """
 import inspect
 from collections import OrderedDict
@@ -47,8 +47,8 @@ def add_method(model, name, **sizes):
     """Freeze CLIP and install one method; afterwards exactly the method's parameters have requires_grad.
 
     name: a key of METHODS. sizes: keyword arguments of its function; None means its default.
-    `model.method_parameters` then lists the names of the method's parameters. Raises ValueError, and leaves
-    CLIP as it was, for an unknown name or size, a size that touches no layer, or a second method.
+    `model.method_parameters` then lists the names of the method's parameters. Raises ValueError, and adds
+    nothing, for an unknown name or size, a size out of range, a second method.
     """
     if name not in METHODS:
         raise ValueError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
@@ -62,25 +62,18 @@ def add_method(model, name, **sizes):
             raise ValueError(f"method {name!r} has no size {key!r}: it has {', '.join(allowed) or 'none'}")
         if key == "dropout" and not 0 <= value < 1:
             raise ValueError(f"dropout {value} is not possible: it is at least 0 and less than 1")
-        is_count = key in ("bottleneck", "prompt_length", "prompt_depth", "rank")
-        if is_count and (not isinstance(value, int) or value < 1):
+        if key not in ("dropout", "shared") and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} {value} touches no layer: it is a whole number, 1 or more")
-    learned_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    try:
-        with torch.device(model.logit_scale.device):    # new parameters are born there
-            install(model, **sizes)                     # what raises in it does so before it changes anything
-    except Exception:
-        for parameter in learned_before:
-            parameter.requires_grad_(True)
-        raise
+    with torch.device(model.logit_scale.device):        # new parameters are born there
+        install(model, **sizes)                         # what raises in it does so before it adds anything
     model.train(model.training)     # new modules follow the model: no dropout in a model that is in eval()
     model.method_parameters = [key for key, value in model.named_parameters() if value.requires_grad]
 
 
 def trainable_state(model):
     """Name -> CPU copy of each parameter that the method added or tunes, each once (0.6 MB for "mrs").
-    It does not ask requires_grad: stage 2 of prompt decoupling fixes the prompts and still needs them."""
+    requires_grad is not asked: prompts that stage 2 fixes (see add_prompts) are still needed."""
     names = getattr(model, "method_parameters", [])
     return {name: model.get_parameter(name).detach().cpu().clone() for name in names}
 
@@ -109,13 +102,13 @@ def wrap_blocks(model, wrapper, **sizes):
 
 
 def wrap_with_adapters(model, wrapper, adapter_class, shared, **sizes):
-    """Each block of both towers becomes wrapper(block, side, *adapters), of adapter_class(widths, **sizes).
-    shared: one adapter for every place of every block. Otherwise each depth has `adapters_per_block` of its
-    own, for the blocks of both towers at that depth (ViT-L/14 has 24 and 12: the deeper are for images)."""
+    """Each block of both towers becomes wrapper(block, side, *adapters), with `adapters_per_block` adapters.
+    shared: they are all one object, in all blocks. Otherwise each depth has its own, used by the blocks of
+    both towers at that depth (ViT-L/14 has 24 and 12 blocks: the deeper adapters are for images alone)."""
     stacks = {"image": model.visual.transformer.resblocks, "text": model.text.transformer.resblocks}
     widths = {"image": model.config.vision_width, "text": model.config.text_width}
     if shared:
-        adapters = [adapter_class(widths, **sizes)] * wrapper.adapters_per_block
+        adapters = [adapter_class(widths, **sizes)] * wrapper.adapters_per_block      # one object, repeated
     for depth in range(max(len(stacks["image"]), len(stacks["text"]))):
         widths_here = {side: widths[side] for side in stacks if depth < len(stacks[side])}
         if not shared:
@@ -138,7 +131,7 @@ def start_at_zero(downs, ups):
 
 
 class MRSAdapter(nn.Module):
-    """Multimodal remote-sensing adapter: a bottleneck for each side, the last output dims common to both.
+    """Multimodal remote-sensing adapter: a bottleneck for each side, but one W_share for both.
 
         h = Dropout(ReLU(W_down^side x)),   MRS(x) = [W_up^side h ; W_share h]
     widths: {"image": C, "text": C}, or one of them, each more than `share`. Init: start_at_zero.
@@ -221,8 +214,8 @@ def add_prompts(model, prompt_length=4, prompt_depth=None):
 
 def add_coop(model, prompt_length=16, prompt_depth=None):
     """CoOp (Zhou et al., arXiv 2109.01134): context between SOT and the words. 12 x 16 x 512 = 98 304."""
-    # differs from CoOp: prompts in every block (the count of arXiv 2308.12509), there at the input alone
-    # and with a positional embedding
+    # differs from CoOp: prompts in every block (the count of arXiv 2308.12509); CoOp has them at the input
+    # alone, with a positional embedding
     add_deep_prompts([model.text], prompt_length, prompt_depth)
 
 
@@ -236,8 +229,8 @@ def add_vpt(model, prompt_length=50, prompt_depth=None):
 
 
 def add_vl_prompt(model, prompt_length=50, prompt_depth=None):
-    """VL-Prompt, a row of arXiv 2308.12509: VPT-deep, and 16 prompts around the whole text transformer.
-    The sizes are those of the image side. 460 800 + 16 x 512 = 468 992."""
+    """VL-Prompt, a row of arXiv 2308.12509: VPT-deep of the given sizes for images, and 16 prompts around the
+    whole text transformer. 460 800 + 16 x 512 = 468 992."""
     # differs from arXiv 2308.12509: it gives only the count, how the prompts are spread is our choice
     add_vpt(model, prompt_length, prompt_depth)
     model.text.transformer = Prompted(model.text.transformer, 16, model.config.text_width)
@@ -257,8 +250,8 @@ class CoupledPrompted(nn.Module):
 def add_maple(model, prompt_length=2, prompt_depth=None):
     """MaPLe (Khattak et al., arXiv 2210.03117): P_image = Linear(P_text), deep, a Linear for each depth.
     prompt_depth None: 9, or all of a shorter text tower. 9 x (2 x 512 + 512 x 768 + 768) = 3 555 072."""
-    # differs from MaPLe: random at first, there the words "a photo of a"; blocks after the 9th have no
-    # prompts, there those of the 9th flow on; those of block 1 get no positional embedding and no ln_pre
+    # differs from MaPLe: prompts are random at first, there the words "a photo of a"; they end with the last
+    # block that has its own, there they go on to the end; at block 1 they get no position and no ln_pre
     image_blocks, text_blocks = model.visual.transformer.resblocks, model.text.transformer.resblocks
     prompt_depth = prompt_depth or min(9, len(text_blocks))
     add_deep_prompts([model.text], prompt_length, prompt_depth)
@@ -300,7 +293,7 @@ def add_adapter(model, bottleneck=64, shared=True):
     """Adapter (Houlsby et al., arXiv 1902.00751): two in series in each block, nearly the identity at first.
     d = 64: 99 136 + 66 112 = 165 248."""
     # differs from Houlsby: one module for both places of all blocks (shared=False: one each); LayerNorms stay
-    # frozen; its normal init is truncated and its GELU the tanh approximation
+    # frozen; there the init is a truncated normal and GELU the tanh approximation
     wrap_with_adapters(model, InSeries, Houlsby, shared, bottleneck=bottleneck)
 
 
@@ -331,7 +324,7 @@ class CrossModalAdapter(MRSAdapter):
     """y <- y + [W_up^side h ; W_share h], h = QuickGELU(W_down^side y): MRS-Adapter's weights, 16 dims
     shared. Init: weights of std 0.01, biases 0."""
     def __init__(self, widths, bottleneck):
-        super().__init__(widths, bottleneck, dropout=0.0, share=16)
+        super().__init__(widths, bottleneck, dropout=0.0, share=16)     # all biases are 0 then
         for linear in [*self.down.values(), *self.up.values(), self.share]:
             nn.init.normal_(linear.weight, std=0.01)
 
@@ -347,7 +340,8 @@ def add_cross_modal_adapter(model, bottleneck=64, shared=True):
 
 
 class UniAdapter(nn.Module):
-    """0.1 W_up^side ReLU(W_down LN(x)). Towers share LN and W_down if equally wide. Init: start_at_zero."""
+    """0.1 W_up^side ReLU(W_down LN(x)). Towers of one width (not ViT-B/32's) share LN and W_down. Init:
+    start_at_zero."""
     def __init__(self, widths, bottleneck):
         super().__init__()
         self.norm = nn.ModuleDict({str(C): nn.LayerNorm(C) for C in widths.values()})       # keys like "768"
@@ -371,7 +365,7 @@ def add_uniadapter(model, bottleneck=16, shared=False):
 
 class Convpass(nn.Module):
     """W_up Dropout(QuickGELU(conv(QuickGELU(W_down y)))), conv 3x3 on the grid (rows, columns) of patches,
-    the class token being a 1x1 image. Init: W_down Xavier, conv passes its centre on, W_up and biases 0."""
+    the class token being a 1x1 image. Init: W_down Xavier, conv the identity, W_up and biases 0."""
     def __init__(self, width, grid, bottleneck, dropout):
         super().__init__()
         self.grid, self.dropout = grid, nn.Dropout(dropout)
@@ -412,10 +406,9 @@ def add_convpass(model, bottleneck=64, shared=True, dropout=0.1):
     def new():
         return Convpass(model.config.vision_width, model.visual.grid, bottleneck, dropout)
     blocks = model.visual.transformer.resblocks
-    beside_attn = beside_mlp = new()
+    one = new()
     for depth, block in enumerate(blocks):
-        if not shared:
-            beside_attn, beside_mlp = new(), new()
+        beside_attn, beside_mlp = (one, one) if shared else (new(), new())
         blocks[depth] = ConvpassBlock(block, beside_attn, beside_mlp)
 
 
@@ -429,7 +422,8 @@ class CLIPAdapter(nn.Module):
         self.up = nn.Linear(bottleneck, width, bias=False)
 
     def forward(self, f):
-        return 0.2 * F.relu(self.up(F.relu(self.down(f)))) + 0.8 * f          # (B, D)
+        change = F.relu(self.up(F.relu(self.down(f))))
+        return 0.2 * change + 0.8 * f                                         # (B, D)
 
 
 def add_clip_adapter(model, bottleneck=None):
@@ -441,8 +435,8 @@ def add_clip_adapter(model, bottleneck=None):
 
 
 def add_linear_probe(model):
-    """Linear probe: f <- W f + b, D -> 2 D, on both towers. 2 x (1024 x 512 + 1024) = 1 050 624.
-    Both start from one W with orthonormal columns and b = 0: at CLIP's own similarities, not at chance."""
+    """Linear probe: f <- W f + b behind both towers; features are then 2 D wide, there is no classifier. Both
+    start from one W with W^T W = 1 and b = 0, at CLIP's similarities. 2 x (1024 x 512 + 1024) = 1 050 624."""
     # differs from arXiv 2308.12509: it gives only the count, this start is our choice
     width = model.config.embed_dim
     start = nn.init.orthogonal_(torch.empty(2 * width, width, device="cpu"))    # MPS has no QR decomposition
@@ -454,10 +448,11 @@ def add_linear_probe(model):
 
 class LoRABlock(nn.Module):
     """W <- W + B A for q and v, A (r, C), B (C, r). Init: A Kaiming-uniform(a = sqrt 5), B 0. CLIP packs q, k
-    and v in one matrix: after its output is split, B (A y) is added to q and v; W + B A is never formed."""
+    and v in one matrix: B (A y) is added to q and v after its output is split."""
     def __init__(self, block, rank):
         super().__init__()
-        self.inner, width = block, block.attn.out_proj.in_features
+        self.inner = block
+        width = block.attn.out_proj.in_features
         self.A_q, self.A_v = nn.Parameter(torch.empty(rank, width)), nn.Parameter(torch.empty(rank, width))
         self.B_q, self.B_v = nn.Parameter(torch.zeros(width, rank)), nn.Parameter(torch.zeros(width, rank))
         nn.init.kaiming_uniform_(self.A_q, a=5 ** 0.5)
@@ -501,7 +496,8 @@ class IA3Block(nn.Module):
     """k <- l_k k, v <- l_v v, MLP(x) = W_2 (l_ff act(W_1 x)). Init: ones."""
     def __init__(self, block):
         super().__init__()
-        self.inner, width = block, block.attn.out_proj.in_features
+        self.inner = block
+        width = block.attn.out_proj.in_features
         self.l_k, self.l_v = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
         self.l_ff = nn.Parameter(torch.ones(block.mlp.c_fc.out_features))
 
@@ -541,9 +537,11 @@ class SSFBlock(nn.Module):
 
     def forward(self, x):
         block, attn, mlp = self.inner, self.inner.attn, self.inner.mlp
-        q, k, v = self.on_qkv(attn.project(self.on_ln_1(block.ln_1(x)))).chunk(3, dim=-1)     # 3 x (B, L, C)
+        y = self.on_ln_1(block.ln_1(x))
+        q, k, v = self.on_qkv(attn.project(y)).chunk(3, dim=-1)               # 3 x (B, L, C)
         x = x + self.on_attn(attn.out_proj(attn.attend(q, k, v)))
-        h = mlp.act(self.on_c_fc(mlp.c_fc(self.on_ln_2(block.ln_2(x)))))            # (B, L, 4C)
+        y = self.on_ln_2(block.ln_2(x))
+        h = mlp.act(self.on_c_fc(mlp.c_fc(y)))                                # (B, L, 4C)
         return x + self.on_mlp(mlp.c_proj(h))
 
 
@@ -588,3 +586,4 @@ METHODS = {
     "vl-prompt": add_vl_prompt, "maple": add_maple, "prompts": add_prompts, "lora": add_lora,
     "bitfit": add_bitfit, "layernorm": add_layernorm, "ia3": add_ia3, "ssf": add_ssf,
 }
+SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")    # of all of them

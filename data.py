@@ -86,17 +86,17 @@ def image_folder(root, names):
 
 
 def choose_split(file, entries, split):
-    """One split of entries (file and line, split, image name, captions, person id or None) -> Pairs."""
+    """One split of entries (file and line, split as written, image name, captions, id or None) -> Pairs."""
     known, rows = {}, []
-    for where, word, name, captions, person in entries:
+    for where, written, name, captions, person in entries:
         check(isinstance(name, str) and name.strip(), f"{where}: {name!r:.80} is no name of an image file")
         check(isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions),
               f"{where}: the captions {captions!r:.80} are no list of one or more texts")
-        meant = SPLITS.get(str(word).strip().lower())
-        check(meant, f"{where}: the split {word!r:.80} is none of {', '.join(SPLITS)}")
+        meant = SPLITS.get(str(written).strip().lower())
+        check(meant, f"{where}: the split {written!r:.80} is none of {', '.join(SPLITS)}")
         name = posixpath.normpath(name.strip().replace("\\", "/"))      # from Windows; ./a.png is a.png
         before = known.setdefault(name, (meant, person))
-        check(before == (meant, person), f"{where}: {name} has the split and person {meant, person}, "
+        check(before == (meant, person), f"{where}: {name} has the split and person {(meant, person)}, "
               f"but {before} in another place")
         if meant == split:
             rows += [(name, caption, person) for caption in captions]
@@ -114,23 +114,24 @@ def read_precomp(root, split):
     and val are the official split of the train files: shuffled with random.seed(2), the first 80 % train.
     """
     # the train file of names has a line for each image, the test file one for each caption
-    part, captions_per_line = ("test", 1) if split == "test" else ("train", 5)
+    part, captions_per_name = ("test", 1) if split == "test" else ("train", 5)
     names_file, captions_file = Path(root) / f"{part}_filename.txt", Path(root) / f"{part}_caps.txt"
     if part == "test" and not names_file.exists() and not captions_file.exists():
         raise NoSplit(f"{root} has no {names_file.name} and no {captions_file.name}")
     names, captions = read_lines(names_file), read_lines(captions_file)
-    check(len(captions) == captions_per_line * len(names), f"{captions_file} has {len(captions)} lines and "
-          f"{names_file.name} {len(names)}: {captions_per_line} caption(s) for each name are expected")
-    order, splits = list(range(len(names))), ["test"] * len(names)      # image order[p] goes to splits[p]
+    check(len(captions) == captions_per_name * len(names), f"{captions_file} has {len(captions)} lines and "
+          f"{names_file.name} {len(names)}: {captions_per_name} caption(s) for each name are expected")
+    order = list(range(len(names)))             # line order[n] of the names belongs to splits[n]
+    splits = ["test"] * len(names)
     if part == "train":
         random.Random(2).shuffle(order)
         train_images = int(0.8 * len(names))
         splits = ["train"] * train_images + ["val"] * (len(names) - train_images)
     entries = []
-    for k, word in zip(order, splits):
-        first = captions_per_line * k
-        its_captions = captions[first:first + captions_per_line]
-        entries.append((f"{names_file}:{k + 1}", word, names[k], its_captions, None))
+    for k, its_split in zip(order, splits):
+        first = captions_per_name * k
+        its_captions = captions[first:first + captions_per_name]
+        entries.append((f"{names_file}:{k + 1}", its_split, names[k], its_captions, None))
     return choose_split(names_file, entries, split)
 
 
@@ -150,7 +151,7 @@ def read_json(file, split, people=False):
         if isinstance(sentences, list):
             captions = [text.get("raw") if isinstance(text, dict) else text for text in sentences]
         name = item.get("filename") or item.get("file_path") or item.get("img_path")
-        if item.get("filepath") and isinstance(name, str):      # not file_path: COCO's folder of the image
+        if item.get("filepath") and isinstance(name, str):      # COCO's name for the folder of the image
             name = f"{item['filepath']}/{name}"
         if people:
             check(str(item.get("id")).isdecimal(), f"{where}: the id {item.get('id')!r:.80} is no number")
@@ -197,15 +198,16 @@ def read_folder(root, split):
         is_header = n == 1 and fields and fields[0].lower() in header
         if line.strip() and not is_header:
             check(len(fields) in (2, 3), f"{file}:{n} is not image<TAB>caption[<TAB>split]: {line!r:.80}")
-            name, caption, word = fields if len(fields) == 3 else [*fields, ""]
-            rows.append((f"{file}:{n}", name, caption, word))
-    split_of = {name: word for _, name, _, word in rows if word}        # also for the image's other lines
+            name, caption, written = fields if len(fields) == 3 else [*fields, ""]
+            rows.append((f"{file}:{n}", name, caption, written))
+    split_of = {name: written for _, name, _, written in rows if written}   # also for the image's other lines
     free = sorted({name for _, name, _, _ in rows} - set(split_of))
     random.Random(2).shuffle(free)
     tenth = max(1, len(free) // 10) if len(free) > 2 else 0
     dealt = ["val"] * tenth + ["test"] * tenth + ["train"] * (len(free) - 2 * tenth)
     split_of |= dict(zip(free, dealt))
-    entries = [(where, word or split_of[name], name, [caption], None) for where, name, caption, word in rows]
+    entries = [(where, written or split_of[name], name, [caption], None)
+               for where, name, caption, written in rows]
     return choose_split(file, entries, split)
 
 
@@ -224,8 +226,8 @@ def decode(path, size):
             upright = ImageOps.exif_transpose(image)    # differs from OpenAI: it reads turned photos sideways
             return clip.preprocess(upright, size).numpy()
     except Exception as error:      # a damaged file can raise almost anything in Pillow
-        words = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        raise ValueError(f"{path}: {words}") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"{path}: {' '.join(reason.split())}") from None
 
 
 def is_blank(pixels):
@@ -252,10 +254,11 @@ def read_images(paths, size, cache):
     from a file in the folder `cache`; None if all are bad. bad: {path: reason}."""
     H, W = (size, size) if isinstance(size, int) else size
     states = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.isfile(path)]
-    marks = ["upright", size]       # another word whenever `decode` gives other pixels
+    marks = ["version 2", size]     # another one whenever `decode` gives other pixels
     marks += [(path, state.st_size, state.st_mtime_ns) for path, state in states]
-    file, bad = Path(cache) / (hashlib.sha256(repr(marks).encode()).hexdigest()[:20] + ".uint8"), {}
-    # a file is used again if it has all paths; else some were bad, and are read again to have the reasons
+    file = Path(cache) / (hashlib.sha256(repr(marks).encode()).hexdigest()[:20] + ".uint8")
+    bad = {}
+    # a file is used again if it has all images; if some were bad all are decoded again, to have the reasons
     if not file.is_file() or file.stat().st_size != len(paths) * 3 * H * W:
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:      # a half-made file never has the name
@@ -292,7 +295,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        part = without(part, bad={})        # now: it fixes the order of the images, which the array keeps
+        part = without(part, bad={})        # without empty captions; it may change the order of the images
         images[split], bad_here = read_images(part.images, size, cache)
         caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
         bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}
@@ -319,7 +322,7 @@ def erase(images):
     B, _, H, W = images.shape
     area = 0.02 + 0.38 * torch.rand(B, 1, 1)
     aspect = 0.3 * 11 ** torch.rand(B, 1, 1)        # height / width, 0.3 to 3.3, uniform in its logarithm
-    aspect = aspect.clamp(area * H / W, H / W / area)   # h <= H, w <= W; differs from IRRA: it draws again
+    aspect = aspect.clamp(area * H / W, H / W / area)   # so w <= W, h <= H; differs from IRRA: it draws again
     h, w = (area * H * W * aspect).sqrt().round(), (area * H * W / aspect).sqrt().round()
     top, left = (torch.rand(B, 1, 1) * (H - h + 1)).floor(), (torch.rand(B, 1, 1) * (W - w + 1)).floor()
     y, x = torch.arange(H)[:, None], torch.arange(W)        # box: (B, H, W)
@@ -351,8 +354,8 @@ def augment(images, kind):
         flip = torch.randint(0, 2, (B,)) * 2.0 - 1
     if kind == "aerial":
         turn = torch.randint(0, 4, (B,)) * torch.pi / 2
-    # (x, y) of the result shows the place theta (x, y, 1) of the image, theta = zoom rotation mirror | shift;
-    # rounded, as in floats cos(pi / 2) is not quite 0
+    # the result shows at (x, y) what the image has at theta (x, y, 1), theta = zoom rotation mirror | shift;
+    # cos and sin are rounded, as in floats cos(pi / 2) is not quite 0
     cos, sin = (zoom * turn.cos()).round(decimals=6), (zoom * turn.sin()).round(decimals=6)
     theta = torch.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], dim=1).view(B, 2, 3)
     grid = F.affine_grid(theta.to(images), images.shape, align_corners=False)
@@ -363,7 +366,7 @@ def augment(images, kind):
 
 # -------------------------------------------------------------------------------- batches
 
-def plan_batches(pairs, over, batch_size, epochs, seed, processes=1):
+def batches(pairs, over, batch_size, epochs, seed, processes=1):
     """The batches of all epochs in a row, int64 arrays of caption numbers; every epoch has equally many.
 
     over "captions": every caption once an epoch (the papers'). "images": every image once, with any caption.
@@ -374,23 +377,14 @@ def plan_batches(pairs, over, batch_size, epochs, seed, processes=1):
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(pairs.captions))
         if over == "images":
-            _, first = np.unique(np.asarray(pairs.image_of_caption)[order], return_index=True)
-            order = rng.permutation(order[first])       # of each image its first one in the random order
+            _, places = np.unique(np.asarray(pairs.image_of_caption)[order], return_index=True)
+            order = rng.permutation(order[places])      # of each image the first caption in the random order
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             batch = batch[:len(batch) // processes * processes]
             if len(batch) >= 2:         # differs from the papers, whose last batch may be one pair
                 plan.append(batch)
     return plan
-
-
-def batches(pairs, images, tokens, plan, rank=0, processes=1):
-    """Yield (images uint8 (B, 3, H, W), tokens (B, L), caption numbers (B,)) for each batch of a plan.
-    Process `rank` of several gets its contiguous part of each batch."""
-    image_of_caption = np.asarray(pairs.image_of_caption)
-    for batch in plan:
-        rows = np.split(batch, processes)[rank]
-        yield torch.from_numpy(images[image_of_caption[rows]]), tokens[rows], torch.from_numpy(rows)
 
 
 # -------------------------------------------------------------------------------- the drawn worlds
@@ -447,7 +441,7 @@ def photograph(rng, size, ground, wall, horizon, stamps, haze):
     H, W = 3 * size[0], 3 * size[1]         # drawn larger and then reduced: smooth edges
     image = Image.new("RGB", (W, H), ground)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, -1, W, horizon * H - 1), fill=wall)
+    draw.rectangle((0, -1, W, horizon * H - 1), fill=wall)      # outside of the image if horizon is 0
     for shape, colour, x, y, r, turn, flip in stamps:
         body = np.array(colour) * rng.normal(1, 0.07)
         tones = PAINTS | {"body": body, "shade": 0.7 * body, "light": 0.5 * body + 120}
@@ -469,7 +463,7 @@ def photograph(rng, size, ground, wall, horizon, stamps, haze):
 
 def draw_scene(rng, view, size=80):
     """Two groups of things on a land, seen from the "side" or from "above" -> (image, five captions)."""
-    land, axis = rng.choice(list(LANDS)), rng.integers(2)       # axis: side by side, or one above the other
+    land, axis = rng.choice(list(LANDS)), rng.integers(2)       # axis 0: groups side by side; 1: one above
     stamps, plain, coloured, places = [], [], [], []            # plain: "two cars", coloured: "two red cars"
     for place in rng.permutation(3)[:2]:
         noun = "boat" if land == "blue water" else rng.choice(["plane", "car", "house", "tree", "tank"])
@@ -498,11 +492,11 @@ def draw_scene(rng, view, size=80):
     return image, [captions[n] for n in rng.permutation(5)]
 
 
-def draw_person(rng, looks, view):
-    """Somebody for a "portrait" or a "camera" -> (image, captions). looks: the generator of the clothes, the
+def draw_person(rng, person_rng, view):
+    """Somebody for a "portrait" or a "camera" -> (image, captions). person_rng: draws the clothes, and is the
     same for all images of a person."""
-    person = dict(zip(CLOTHES, looks.choice(list(DYES), len(CLOTHES))))
-    person["skin"] = looks.choice(["pale", "tan"])
+    person = dict(zip(CLOTHES, person_rng.choice(list(DYES), len(CLOTHES))))
+    person["skin"] = person_rng.choice(["pale", "tan"])
     order, haze, count = list(CLOTHES), 0, 5
     if view == "camera":
         order, haze, count = [order, BACK][rng.integers(2)], rng.uniform(0.5, 0.75), 2
@@ -529,7 +523,7 @@ def draw_world(root, view, train, val, test, seed):
     (root / "images").mkdir(parents=True)
     entries = []
     for i, split in enumerate(["train"] * train + ["val"] * val + ["test"] * test):
-        rng, name = np.random.default_rng((seed, i)), f"{i:06d}.bmp"        # the fastest to write and read
+        rng, name = np.random.default_rng((seed, i)), f"{i:06d}.bmp"        # bmp: fast to write and read
         person = i // 6 if view == "camera" else i
         if view in ("side", "above"):
             image, captions = draw_scene(rng, view)
@@ -547,9 +541,12 @@ WORLDS = {      # drawn on first use: view, images for train, val and test, seed
     "toy-ground": ("side", 4480, 1120, 400, 0), "toy-aerial": ("above", 1280, 320, 400, 1),
     "toy-people": ("camera", 2100, 300, 600, 2), "toy-portraits": ("portrait", 2880, 720, 400, 3)}
 REID_SETS = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
-READERS = dict.fromkeys(WORLDS, read_karpathy_json) | {"toy-people": read_reid}
-READERS |= dict.fromkeys(("ucm", "rsicd", "rsitmd", "precomp"), read_precomp)
-READERS |= {"karpathy": read_karpathy_json, "folder": read_folder} | dict.fromkeys(REID_SETS, read_reid)
+READERS = {
+    "toy-ground": read_karpathy_json, "toy-aerial": read_karpathy_json, "toy-people": read_reid,
+    "toy-portraits": read_karpathy_json, "ucm": read_precomp, "rsicd": read_precomp, "rsitmd": read_precomp,
+    "precomp": read_precomp, "karpathy": read_karpathy_json, "folder": read_folder, "CUHK-PEDES": read_reid,
+    "ICFG-PEDES": read_reid, "RSTPReid": read_reid,
+}
 DATASETS = tuple(READERS)
 
 
@@ -580,7 +577,7 @@ def read_splits(dataset, root):
 
 
 def main():
-    """Print what each split holds and what train.py would note; what it would refuse, with exit code 2."""
+    """Print what each split holds and what is wrong with its files; what cannot be used, with exit code 2."""
     parser = argparse.ArgumentParser(description="What each split of a data set holds, and what is wrong.")
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data-root", help="its folder")

@@ -28,13 +28,13 @@ import clip
 import data
 
 CHUNK = 256                     # queries that are ranked at a time
-PIECE = 2048                    # images of a gallery for each file of features
+PIECE = 2048                    # images of a gallery that are encoded, then saved, at a time
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
 if torch.backends.mps.is_available():
     DEVICES.append("mps")
-INCIDENTAL = ("seed", "out", "init", "resume", "device", "data_root")   # may differ in one row of --table
+INCIDENTAL = ("seed", "out", "init", "resume", "device", "data_root")   # --table takes the mean over these
 
 
 # ------------------------------------------------------------------------------------ metrics
@@ -42,10 +42,10 @@ INCIDENTAL = ("seed", "out", "init", "resume", "device", "data_root")   # may di
 def recalls(similarity, query_ids, gallery_ids, prefix):
     """{prefix + k: percent of queries with a right item, one of the same id, in the top k}, for k = 1, 5, 10.
 
-    A tie counts at its expected value under random order: a collapsed model gets chance, not 100 or 0. The
-    best right item of a query has `above` items of a higher score before it and is one of `tied` items of
-    its score, `right_tied` of them right. So k - above of the tied, drawn at random, are in the top k; all of
-    these are wrong with probability prod_{n < k - above} (tied - right_tied - n) / (tied - n).
+    A tie counts at its expected value under random order: a collapsed model gets chance, not 100 or 0. There
+    are `above` items of a higher score than the best right item of a query; `tied` items, itself included,
+    have its score, and `right_tied` of these are right. k - above of the tied, drawn at random, are in the
+    top k; all of them are wrong with probability prod_{n < k - above} (tied - right_tied - n) / (tied - n).
     """
     shape = len(query_ids), len(gallery_ids)
     if similarity.shape != shape or 0 in shape:
@@ -65,8 +65,8 @@ def recalls(similarity, query_ids, gallery_ids, prefix):
         for k in hits:
             miss = torch.ones(len(ids)).double()        # probability that the top k holds no right item
             for n in range(k):
-                wrong = (tied - right_tied - n).clamp(min=0) / (tied - n).clamp(min=1)      # 0: none is left
-                miss = torch.where(n < k - above, miss * wrong, miss)
+                wrong_left = (tied - right_tied - n).clamp(min=0)
+                miss = torch.where(n < k - above, miss * wrong_left / (tied - n).clamp(min=1), miss)
             hits[k] += (1 - miss).sum().item()
     return {f"{prefix}{k}": 100 * hit / len(similarity) for k, hit in hits.items()}
 
@@ -92,8 +92,8 @@ def reid_metrics(similarity, query_ids, gallery_ids):
 
     similarity (Q, G): captions x images; an image with the id of the caption is right: ids (Q,) and (G,).
     With right images at ranks r_1 < ... < r_P, Rank-k is [r_1 <= k], AP the mean of j / r_j (Market-1501),
-    INP is P / r_P (arXiv 2001.04193). mAP and mINP break ties by one fixed random order of the gallery: in
-    the files' order, a person's images together, a collapsed model passes chance. Errors: `recalls`.
+    INP is P / r_P (arXiv 2001.04193). mAP and mINP break ties by one fixed random order of the gallery: the
+    files' order, a person's images side by side, would put a collapsed model above chance. Errors: `recalls`.
     """
     similarity = torch.as_tensor(similarity).float().cpu()
     query_ids, gallery_ids = torch.as_tensor(query_ids).cpu(), torch.as_tensor(gallery_ids).cpu()
@@ -144,18 +144,18 @@ def encode_images(model, images, batch_size=128):
     features = []
     for start in tqdm(range(0, len(images), batch_size), "encoding images", leave=False, disable=None):
         batch = torch.tensor(images[start:start + batch_size]).to(model.logit_scale.device)
-        features.append(model.encode_image(clip.normalize(batch)).float().cpu())
+        features.append(model.encode_image(clip.normalize(batch)).cpu())
     return torch.cat(features)
 
 
 @torch.no_grad()
 def encode_texts(model, tokens, batch_size=256):
     """Token ids (M, L) -> unit features (M, D), float32 on the CPU. Each distinct caption is encoded once."""
-    lengths = tokens.count_nonzero(dim=1)[:, None]      # unique sorts by it: short captions share a batch
+    lengths = tokens.count_nonzero(dim=1)[:, None]  # unique sorts by it: batches of near lengths
     rows, row_of_caption = torch.cat([lengths, tokens], dim=1).unique(dim=0, return_inverse=True)
     features = []
     for batch in tqdm(rows[:, 1:].split(batch_size), "encoding captions", leave=False, disable=None):
-        features.append(model.encode_text(batch.to(model.logit_scale.device)).float().cpu())
+        features.append(model.encode_text(batch.to(model.logit_scale.device)).cpu())
     return torch.cat(features)[row_of_caption]
 
 
@@ -166,7 +166,7 @@ def evaluate(model, tokenizer, pairs, images, precision="fp32"):
     with autocast(model.logit_scale.device, precision):
         image_features = encode_images(model, images)
         text_features = encode_texts(model, tokens)
-    # equal features must tie, but their products may differ in the last bit: multiply each distinct one once
+    # so that equal features tie: their products may differ in the last bit, so each is multiplied once
     distinct_images, image_rows = image_features.unique(dim=0, return_inverse=True)
     distinct_texts, text_rows = text_features.unique(dim=0, return_inverse=True)
     similarity = (distinct_images @ distinct_texts.T)[image_rows[:, None], text_rows]
@@ -177,7 +177,7 @@ def caption_notes(tokenizer, captions, context_length, split):
     """What a user should know about captions that are too long -> list of no or one line."""
     texts = [tuple(tokenizer.encode(caption)) for caption in captions]
     cut = sum(len(ids) > context_length for ids in texts)
-    merged = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})     # a cut one ends in EOT
+    merged = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})     # as seen, EOT left out
     note = f"{split}: {cut} captions exceed {context_length} tokens and are cut; {merged} then equal another"
     return [note] if cut else []
 
@@ -194,33 +194,35 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def load_run(name, device="cpu", image_size=None, activation=None, weights=None):
+def load_run(name, device="cpu", image_size=None, activation=None, clip_file=None):
     """A run of train.py at its best epoch, or plain CLIP -> (model, tokenizer, settings).
 
-    name: a run's folder or best.pt, or what clip.load_clip takes. image_size, activation: of plain CLIP.
-    weights: where the CLIP of a run's method is now, if moved. settings: those of train.py, "epoch", and
-    "fingerprint" of CLIP without the method. FileNotFoundError or ValueError if anything does not fit.
+    name: a run's folder or best.pt, or what clip.load_clip takes. image_size: not that of its training.
+    activation: of weights that do not tell. clip_file: where the CLIP of a run is now, if it was moved.
+    settings: train.py's, "epoch", "fingerprint" of CLIP. Raises FileNotFoundError or ValueError.
     """
-    saved = {} if name in clip.URLS else clip.read_file(name)
-    is_run = "trained" in saved
-    method_alone = is_run and "state_dict" not in saved
-    settings = (saved["settings"] | {"epoch": saved["epoch"]}) if is_run else {"precision": "fp32"}
-    source = (weights or settings["model"]) if method_alone else name           # where its CLIP lies
-    if method_alone and source not in clip.URLS and not Path(source).exists():
-        raise FileNotFoundError(f"{name} was trained on {source}, which is not there: give --model FILE")
-    if weights and not method_alone:
-        raise ValueError(f"{name} is a CLIP or holds one: leave out --model {weights}")
-    image_size = image_size or settings.get("image_size")
-    model = clip.load_clip(source, image_size, activation=activation or settings.get("activation"))
+    saved = {} if name in clip.URLS else clip.read_file(name)       # a run's has "trained", the method's
+    settings, source = {"precision": "fp32"}, name                  # source: where CLIP lies
+    if "trained" in saved:
+        settings = saved["settings"] | {"epoch": saved["epoch"]}
+        if "state_dict" not in saved:                               # CLIP did not learn, it is not in the run
+            source = clip_file or settings["model"]
+    if source not in clip.URLS and not Path(source).exists():
+        raise FileNotFoundError(f"{source}, the CLIP of {name}, is not there: give its place by --model FILE")
+    if clip_file and clip_file != source:
+        raise ValueError(f"{name} is a CLIP or holds one: leave out --model {clip_file}")
+    model = clip.load_clip(source, image_size or settings.get("image_size"),
+                           activation=settings.get("activation") or activation)
     tokenizer = clip.Tokenizer(merges=saved.get("merges"))      # None: OpenAI's
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{name}: the model knows {model.config.vocab_size} tokens and its tokenizer "
                          f"{tokenizer.vocab_size}; added tokens and other tokenizers are not known here")
-    settings["fingerprint"] = fingerprint(model)
-    if method_alone and settings["fingerprint"] != saved["fingerprint"]:
+    settings["fingerprint"] = fingerprint(model)                    # the method comes later
+    if source != name and settings["fingerprint"] != saved["fingerprint"]:
         raise ValueError(f"{name} was trained on other weights than those in {source}")
-    if is_run:
-        adapters.add_method(model, settings["method"], **settings["sizes"])
+    if "trained" in saved:
+        sizes = {size: settings.get(size) for size in adapters.SIZES}
+        adapters.add_method(model, settings["method"], **sizes)
         adapters.load_trainable(model, saved["trained"])
     return model.to(device).eval(), tokenizer, settings
 
@@ -233,7 +235,7 @@ def label(settings):
     names = {"method": method, "backbone": f"full fine-tuning with fixed {method}",
              "all": f"full fine-tuning and {method} at once"}
     name = "full fine-tuning" if method == "none" else names[settings["train"]]
-    if settings["model"] in clip.SIZES and settings["model"] not in clip.URLS:      # no weights to start from
+    if settings["model"] in clip.SIZES and settings["model"] not in clip.URLS:      # "tiny" and "small"
         name = "from scratch"
     return f"{name}, {settings['loss']}" + (", same masked" if settings.get("mask_same") else "")
 
@@ -265,22 +267,22 @@ def table(rows, more_heads=()):
 def run_tables(names):
     """Markdown of finished runs, folders with a metrics.json: a table for each data set, the best run last. A
     row: means, and the std of mR or R1, of runs that began alike and differ in INCIDENTAL settings alone."""
-    groups = {}         # {(data set, settings that runs share, or a row they began with): {file: row}}
+    groups = {}         # {(data set, key): {file: row}}; rows of one key become one, their mean
     for name in names:
         for file in sorted(Path(path).resolve() for path in glob.glob(f"{name}/metrics.json")):
             with clip.loading(file):
                 run = json.loads(file.read_text(encoding="utf-8"))
                 settings = run["settings"]
-                *starts, own = run["rows"]          # starts: chance, and what the run began with
+                *starts, own = run["rows"]          # of row_of; starts: chance, and what the run began with
                 dataset = f"{settings['dataset']} {run['split']} {Path(settings['data_root'] or '').name}"
-            for row in starts:                      # equal in many runs, and then one row
+            for row in starts:                      # an equal one of an earlier run is overwritten
                 groups[dataset, json.dumps(row)] = {file: row}
             shared = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-            shared["starts"] = [starts[:1], [row[0] for row in starts[1:]]]     # chance; names of the others
+            shared["starts"] = [starts[:1], [row[0] for row in starts[1:]]]  # same test set, same beginning
             own[0] += f" ({file.parent.name})"
             groups.setdefault((dataset, json.dumps(shared, sort_keys=True)), {})[file] = own
     if not groups:
-        raise ValueError(f"no finished run (a folder with train.py's metrics.json) in {', '.join(names)}")
+        raise ValueError(f"no finished run, a folder with metrics.json, in {', '.join(names)}")
     tables = {}
     for (dataset, _), row_of_file in groups.items():
         rows = list(row_of_file.values())
@@ -291,7 +293,7 @@ def run_tables(names):
         tables.setdefault(dataset, []).append((name, trained, share, mean, std, str(len(values))))
     text = []
     for dataset, rows in tables.items():
-        rows.sort(key=lambda row: (row[1] is not None, row[3][headline(row[3])]))
+        rows.sort(key=lambda row: (row[1] is not None, row[3][headline(row[3])]))       # chance first
         text.append(f"### {dataset}\n\n{table(rows, ['std', 'runs'])}")
     return "\n\n".join(text)
 
@@ -324,21 +326,21 @@ def plot_curve(history, path):
 
 def find_files(folder):
     """All files under a folder, at any depth, links followed; not hidden ones, such as macOS's ._*."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True), reverse=True)
-    path_of_file = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
-    return sorted(path_of_file.values())        # a file that links show in several places: one of them
+    paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    path_of = {os.path.realpath(path): path for path in sorted(paths, reverse=True)}    # once, also if linked
+    return sorted(path for path in path_of.values() if os.path.isfile(path))
 
 
 def encode_files(model, paths, folder):
     """Unit features of image files -> {path: (D,)}. Unreadable and blank ones are told on stderr, left out.
-    `folder` keeps them in files of up to PIECE images, never written again: a changed image is added anew."""
+    `folder` keeps them: each PIECE new images are a file there, and files are added, never changed."""
     folder.mkdir(parents=True, exist_ok=True)
     saved, bad = {}, {}
     for file in folder.glob("*.pt"):
         piece = clip.read_file(file)
         saved.update(zip(piece["keys"], piece["features"]))
     keys = {p: f"{os.path.getsize(p)} {os.path.getmtime(p)} {p}" for p in paths if os.path.isfile(p)}
-    new = [path for path in paths if keys.get(path) not in saved]       # missing files too: they become bad
+    new = [path for path in paths if path not in keys or keys[path] not in saved]   # missing ones become bad
     for start in range(0, len(new), PIECE):
         pixels = {}
         for path, result in data.decode_all(new[start:start + PIECE], model.config.image_size):
@@ -371,9 +373,10 @@ def search(args, pairs, model, tokenizer, settings):
         features = encode_files(model, paths, Path(args.cache) / folder)
     if not features:
         raise ValueError(f"{args.gallery or args.dataset} is not there or holds no image that can be used")
-    similarity = torch.stack(list(features.values())) @ query
-    for rank, n in enumerate(similarity.argsort(descending=True, stable=True)[:args.top].tolist(), start=1):
-        print(f"{rank:4d}  {similarity[n]:.4f}  {list(features)[n]}")
+    paths, similarity = list(features), torch.stack(list(features.values())) @ query
+    best = similarity.argsort(descending=True, stable=True)[:args.top].tolist()
+    for rank, n in enumerate(best, start=1):
+        print(f"{rank:4d}  {similarity[n]:.4f}  {paths[n]}")
 
 
 # ------------------------------------------------------------------------------------ the command line
@@ -425,9 +428,9 @@ def main(argv=None):
             print(run_tables(args.table))
             return
         model, tokenizer, settings = load_run(args.run, args.device, activation=args.activation,
-                                              weights=args.model)
+                                              clip_file=args.model)
         args.dataset = args.dataset or settings.get("dataset")
-        if args.dataset == settings.get("dataset"):
+        if args.dataset == settings.get("dataset"):         # the user named no other
             args.data_root = args.data_root or settings.get("data_root")
         if not (args.dataset or args.gallery):
             raise ValueError(f"{args.run} is no run of train.py: give --dataset, or --query and --gallery")
@@ -440,7 +443,7 @@ def main(argv=None):
         print(f"eval.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; a search keeps the features it has, {PIECE} images at a time")
+        sys.exit("\nstopped")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Half-precision features are taken to float32 before they are compared.
 
 No loss clamps the scale (1 / temperature). In float32 exp(log 100) is 100.0000076, more than 100, so a clamp
 at 100 inside a loss would have gradient 0 there for ever: a scale at its bound could never fall again.
-Instead train.py clips the parameter (the log of the scale) after each optimiser step.
+Instead train.py clips the parameter (the log of the scale) after each optimiser step: it keeps its gradient.
 
 Shapes: B pairs in the batch, D width of the joint space.
 """
@@ -22,7 +22,7 @@ def cosine(x, y):
         x, y = x.float(), y.float()
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type):
-        device_type = "cpu"     # torch 2.4 has no autocast on MPS and raises when asked to turn it off
+        device_type = "cpu"     # torch 2.4 has none on MPS; to turn off the CPU's changes nothing
     with torch.autocast(device_type, enabled=False):        # a product in bf16 would round small margins away
         return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
 
@@ -109,7 +109,7 @@ def sdm_loss(image, text, person_ids, scale):
     logits = scale * cosine(image, text)                                      # (B, B)
     same_person = (person_ids[:, None] == person_ids[None, :]).to(logits.dtype)
     q = same_person / same_person.sum(dim=1, keepdim=True)
-    log_q = (q + 1e-8).log()                            # the same in both directions: q is symmetric
+    log_q = (q + 1e-8).log()        # for both directions: q is symmetric, rows of one person have one sum
     loss = 0
     for rows in (logits, logits.T):
         log_p = rows.log_softmax(dim=1)

@@ -23,6 +23,7 @@ import time
 import timeit
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -40,9 +41,6 @@ FROM_SCRATCH = {"tiny": 1000, "small": 3000}    # models without weights: merges
 VIEW_DROPOUT = 0.2      # on the tokens of HMMC's second view (PE-RSITR); --dropout is the adapter's own
 SDM_SCALE = 50.0        # 1 / temperature of SDM (IRRA)
 CHECKPOINT_SECONDS = 600
-METHOD_SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")
-FROM_INIT = ("model", "image_size", "activation", "method", *METHOD_SIZES)      # settings that --init brings
-MAY_CHANGE = ("resume", "out", "model", "data_root", "skip_bad", "device", "precision", "grad_checkpointing")
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
 
@@ -78,7 +76,7 @@ def recipe(args):
     clip_learns = args.train in ("backbone", "all") or args.method == "none"
     values = PE_RSITR | RECIPES[kind, clip_learns]
     if args.method == "none" or (args.train == "backbone" and not args.init):
-        values |= dict(method="none", train="backbone")     # full fine-tuning; stage 2 keeps --init's method
+        values |= dict(method="none", train="backbone")     # full fine-tuning: defaults, too; see parse
     return values
 
 
@@ -124,6 +122,10 @@ def make_parser():
     return parser
 
 
+FROM_INIT = ("model", "image_size", "activation", "method", *adapters.SIZES)    # settings that --init brings
+MAY_CHANGE = ("resume", "out", "model", "data_root", "skip_bad", "device", "precision", "grad_checkpointing")
+
+
 def parse(argv):
     """Settings from the command line: the flags given, the rest from an earlier run or from the recipe."""
     args = make_parser().parse_args(argv)
@@ -137,7 +139,7 @@ def parse(argv):
     earlier = {}                                        # settings that an earlier run brings
     if args.resume:
         last = Path(args.out or "") / "last.pt"
-        if not last.exists():
+        if not args.out or not last.exists():
             raise ValueError(f"there is no {last} to resume: --out is the folder of the run")
         earlier = clip.read_file(last)["settings"] | {"device": None}       # it may go on on another machine
     elif args.init:
@@ -148,8 +150,10 @@ def parse(argv):
         if args.dataset is None:                        # the data of that run; `recipe` needs args.dataset
             args.dataset, earlier["data_root"] = settings["dataset"], settings["data_root"]
         if settings["train"] != "method":
-            earlier["model"] = args.init                # its CLIP has learned, and lies in its best.pt
-    for name, value in given.items():
+            earlier["model"] = args.init                # its CLIP has learned: it is the run's own
+        if args.model in FROM_SCRATCH:
+            raise ValueError(f"--model {args.model}: with --init, --model is the place of that run's CLIP")
+    for name, value in given.items():       # MAY_CHANGE: those that may be other than in the earlier run
         if name in earlier and name not in MAY_CHANGE and value != earlier[name]:
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
                              "leave the flag out")
@@ -189,9 +193,9 @@ def encode(tower, inputs, views):
     x = tower.embed(inputs)                                                             # (B, L, C)
     if views == 2:
         x = torch.cat([x, F.dropout(x, VIEW_DROPOUT)])                                  # (2B, L, C)
-    # pool needs the inputs, to find each caption's EOT: so once for each view
-    pooled = torch.cat([tower.pool(view, inputs) for view in tower.transformer(x).chunk(views)])
-    return tower.head(pooled).float().chunk(views)                                      # views x (B, D)
+    x = tower.transformer(x)
+    # pool finds EOT in the inputs, (B, L), so it takes one view at a time
+    return [tower.head(tower.pool(view, inputs)).float() for view in x.chunk(views)]    # views x (B, D)
 
 
 def compute_loss(args, image, text, scale, same, person, classifier):
@@ -202,7 +206,7 @@ def compute_loss(args, image, text, scale, same, person, classifier):
         return losses.hmmc_softmax_loss(image[0], text[0], image[1], text[1], scale, same)
     if args.loss == "contrastive":
         return losses.contrastive_loss(image[0], text[0], scale, same), {}
-    # differs from IRRA: where CLIP's own scale is below 50 (it was trained briefly), that one is used
+    # differs from IRRA: its scale of 50, but CLIP's own where that is lower, after brief training
     parts = {"sdm": losses.sdm_loss(image[0], text[0], person, scale.detach().clamp(max=SDM_SCALE))}
     if args.loss == "sdm+id":
         parts["id"] = losses.id_loss(image[0], text[0], person, classifier)
@@ -211,7 +215,7 @@ def compute_loss(args, image, text, scale, same, person, classifier):
 
 def choose_what_learns(model, train, loss):
     """Set requires_grad. train "method": the method's parameters; "backbone": all but them; "all": every one.
-    Where CLIP learns, its temperature does only under a loss that uses it: SDM's is fixed, HMMC has none."""
+    logit_scale learns only with CLIP, under a loss that uses it: SDM's scale is fixed, HMMC has none."""
     for name, parameter in model.named_parameters():
         of_method = name in model.method_parameters
         learns = {"method": of_method, "backbone": not of_method, "all": True}[train]
@@ -290,9 +294,9 @@ def start_processes(device):
 def gather(x):
     """The rows of this process (B / PROCESSES, ...) -> those of all (B, ...).
 
-    Each process computes the same loss, that of the whole batch. Backward adds up a row's gradients from all
-    processes, so it is PROCESSES times too large; the loop, which takes the mean over the processes in place
-    of the sum, makes that right. The temperature and the classifier have the whole gradient in each process.
+    Each process computes the same loss, that of the whole batch, and backward adds up the gradients of a row
+    from all of them: PROCESSES times the right one. In the loop a parameter takes the mean over the processes
+    of its gradients, not their sum, which cancels it. Temperature and classifier have equal ones everywhere.
     """
     if PROCESSES == 1:
         return x
@@ -302,16 +306,14 @@ def gather(x):
 # ------------------------------------------------------------------------------------------------ 3. the run
 
 def load_start(args):
-    """What a run starts from: plain CLIP, or the run in --init, whose CLIP may have been moved to --model."""
-    if not args.init:
-        return eval.load_run(args.model, args.device, args.image_size, args.activation)
-    weights = args.model if args.model != args.init else None   # equal: CLIP lies in the run, see `parse`
-    return eval.load_run(args.init, args.device, args.image_size, args.activation, weights)
+    """What a run starts from: --model, or the run in --init, whose CLIP lies at --model."""
+    clip_file = args.model if args.init else None
+    return eval.load_run(args.init or args.model, args.device, args.image_size, args.activation, clip_file)
 
 
 def build(args, captions):
     """The model with its method, its tokenizer, and the fingerprint of the CLIP it starts from.
-    Sets in args what only the model tells: sizes, image_size, activation."""
+    Sets in args what only the model tells: image_size and activation."""
     start = {}                                              # settings of what it starts from
     if args.model in FROM_SCRATCH:
         tokenizer = clip.Tokenizer.train(captions, FROM_SCRATCH[args.model])
@@ -321,12 +323,11 @@ def build(args, captions):
         model = clip.CLIP(config).to(args.device)
     else:
         model, tokenizer, start = load_start(args)
-    args.sizes = {name: getattr(args, name) for name in METHOD_SIZES}       # eval.load_run needs them again
     if not args.init:
         method = start.get("method", "none")
         if method != "none":
             raise ValueError(f"--model {args.model} is a run with {method}: take --init for it")
-        adapters.add_method(model, args.method, **args.sizes)
+        adapters.add_method(model, args.method, **{size: getattr(args, size) for size in adapters.SIZES})
     for module in model.modules():
         if isinstance(module, clip.Transformer):
             module.grad_checkpointing = args.grad_checkpointing
@@ -341,6 +342,8 @@ def train(args):
     if PROCESSES > 1 and not dist.is_initialized():
         start_processes(args.device)
     args.precision = args.precision or ("bf16" if fast_bf16(args.device) else "fp32")
+    if args.device == "mps" and args.precision == "bf16":
+        raise ValueError("--precision bf16 does not work on mps: give --precision fp32")
     if args.model == "toy":
         args.model = make_toy_clip(args)
     began, out = time.time(), Path(args.out)
@@ -352,8 +355,8 @@ def train(args):
     pairs, notes = data.read_splits(args.dataset, args.data_root)       # {"train": Pairs, "val": ...}
     if args.loss.startswith("sdm") and pairs["train"].ids is None:
         raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none")
-    model, tokenizer, fingerprint = build(args, pairs["train"].captions)
-    weights = eval.fingerprint(model) if args.init else fingerprint     # what it starts from, for --resume
+    model, tokenizer, clip_hash = build(args, pairs["train"].captions)      # the hash is for best.pt
+    start_hash = eval.fingerprint(model) if args.init else clip_hash        # for --resume
     pairs, images, load_notes = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
     notes += load_notes
     if RANK == 0 and PROCESSES > 1:
@@ -361,7 +364,7 @@ def train(args):
     for split, part in pairs.items():
         notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
     tokens = tokenizer(pairs["train"].captions, model.config.context_length)    # (captions, L)
-    plan = data.plan_batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed,
+    plan = data.batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed,
                              PROCESSES)
     if not plan:
         raise ValueError(f"{len(tokens)} captions of {len(images['train'])} images are too few to train on: "
@@ -391,10 +394,11 @@ def train(args):
     tqdm.write(f"model   {args.trained_parameters:,} of {args.total_parameters:,} parameters learn; "
                f"{args.activation}, {args.image_size} px, {args.precision} on {args.device} x {PROCESSES}")
 
-    # where to begin: at step 0, or at the last checkpoint; steps: of one epoch
-    steps, step, history, sums = len(plan) // args.epochs, 0, [], {}
+    # where to begin: at step 0, or at the last checkpoint
+    steps = len(plan) // args.epochs                                        # of one epoch
+    step, history, sums = 0, [], {}
     captions = repr((pairs["train"].captions, owner_ids.tolist()))
-    origin = dict(steps=steps, weights=weights, captions=hashlib.sha256(captions.encode()).hexdigest())
+    origin = dict(steps=steps, start=start_hash, captions=hashlib.sha256(captions.encode()).hexdigest())
     if args.resume:
         last = clip.read_file(out / "last.pt")
         if last.get("origin") != origin:
@@ -416,25 +420,26 @@ def train(args):
     # the loop
     views = 2 if args.loss.startswith("hmmc") else 1
     saved_at = time.time()
-    loader = data.batches(pairs["train"], images["train"], tokens, plan[step:], RANK, PROCESSES)
+    image_of_caption = np.asarray(pairs["train"].image_of_caption)
     model.train()
-    for pixels, texts, numbers in tqdm(loader, "step", len(plan), initial=step, leave=False,
-                                       disable=True if RANK > 0 else None):
+    for batch in tqdm(plan[step:], "step", len(plan), initial=step, leave=False,
+                      disable=True if RANK > 0 else None):          # captions' numbers, for all processes
         torch.manual_seed(args.seed * 2 ** 32 + RANK * 2 ** 24 + step)
         lr = learning_rate(args, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
-        pixels = clip.normalize(data.augment(pixels.to(args.device).float(), args.augment))   # (B, 3, H, W)
-        texts = texts.to(args.device)                                                         # (B, L)
+        mine = np.split(batch, PROCESSES)[RANK]                                               # (B,)
+        pixels = torch.from_numpy(images["train"][image_of_caption[mine]]).to(args.device)
+        pixels = clip.normalize(data.augment(pixels.float(), args.augment))                   # (B, 3, H, W)
+        texts = tokens[mine].to(args.device)                                                  # (B, L)
         with eval.autocast(args.device, args.precision):
             image = encode(model.visual, pixels, views)                                       # views x (B, D)
             text = encode(model.text, texts, views)
         image, text = [gather(view) for view in image], [gather(view) for view in text]
-        numbers = gather(numbers.to(args.device)).cpu()                             # (B,) numbers of captions
-        owner, words = owner_ids[numbers].to(args.device), text_ids[numbers].to(args.device)
+        owner, text_id = owner_ids[batch].to(args.device), text_ids[batch].to(args.device)    # (B,), of all
         same = None
         if args.mask_same:
-            same = (owner[:, None] == owner) | (words[:, None] == words)                      # (B, B)
+            same = (owner[:, None] == owner) | (text_id[:, None] == text_id)                  # (B, B)
         loss, parts = compute_loss(args, image, text, model.logit_scale.exp(), same, owner, classifier)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -470,14 +475,15 @@ def train(args):
             if RANK == 0 and best:
                 # trained: the method's tensors, also in stage 2, where they are fixed
                 content = dict(settings=vars(args), trained=adapters.trainable_state(model), epoch=epoch,
-                               merges=tokenizer.merges, fingerprint=fingerprint)
+                               merges=tokenizer.merges, fingerprint=clip_hash)
                 if args.train != "method":          # CLIP's own weights only if they learned
                     content["state_dict"] = model.openai_state_dict()
                 save(out / "best.pt", content)
             terms = "  ".join(f"{name} {row[name]:.3f}" for name in shown)
             tqdm.write(f"epoch {epoch:3d}/{args.epochs}  lr {lr:.1e}  {terms}{'*' if best else ' '}  "
                        f"{tqdm.format_interval(time.time() - began)}")
-            equal = 6 * args.margin * sum(map(len, plan)) / len(plan)       # 6 margin B, B of the mean batch
+            mean_batch = sum(len(batch) for batch in plan) / len(plan)
+            equal = 6 * args.margin * mean_batch
             if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / equal - 1) < 0.02:
                 tqdm.write(f"note    {equal:.1f} is the loss when all similarities are equal; if it stays "
                            "there, lower --margin or take --loss hmmc-softmax")
@@ -500,9 +506,12 @@ def test(args, pairs, images, history, seconds):
     if args.model not in FROM_SCRATCH:
         model, tokenizer, settings = load_start(args)
         settings["precision"] = args.precision
-        name, *others = eval.row_of(model, tokenizer, settings, pairs[split], images[split])
-        learned_here = args.init or settings.get("dataset") == args.dataset
-        rows.append((f"before: {name}", *others) if learned_here else ("zero-shot", 0, 0.0, others[-1]))
+        label, trained, share, metrics = eval.row_of(model, tokenizer, settings, pairs[split], images[split])
+        if args.init or settings.get("dataset") == args.dataset:        # it has learned on this data
+            label = f"before: {label}"
+        else:
+            label, trained, share = "zero-shot", 0, 0.0
+        rows.append((label, trained, share, metrics))
     model, tokenizer, settings = eval.load_run(args.out, args.device)
     rows.append(eval.row_of(model, tokenizer, settings, pairs[split], images[split]))
     tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, epoch {settings['epoch']}, "

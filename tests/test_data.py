@@ -327,7 +327,7 @@ def test_half_of_the_people_lose_a_box_of_2_to_40_percent():
 
 def test_an_epoch_over_images_has_each_once_with_any_of_its_captions():
     pairs = data.Pairs(["a", "b"], list("vwxyz"), [0, 0, 1, 1, 1])
-    epochs = [batch.tolist() for batch in data.plan_batches(pairs, "images", 2, epochs=60, seed=0)]
+    epochs = [batch.tolist() for batch in data.batches(pairs, "images", 2, epochs=60, seed=0)]
     assert len(epochs) == 60
     assert all(sorted(pairs.image_of_caption[m] for m in epoch) == [0, 1] for epoch in epochs)
     assert {m for epoch in epochs for m in epoch} == set(range(5))
@@ -336,28 +336,14 @@ def test_an_epoch_over_images_has_each_once_with_any_of_its_captions():
 @pytest.mark.parametrize("n, world, sizes", [(8, 1, [3, 3, 2]), (7, 1, [3, 3]), (11, 2, [2] * 4), (2, 3, [])])
 def test_a_last_batch_of_one_is_dropped_and_what_processes_cannot_share(n, world, sizes):
     pairs = data.Pairs(["a"] * n, ["x"] * n, list(range(n)))
-    assert [len(rows) for rows in data.plan_batches(pairs, "captions", 3, 1, 0, world)] == sizes
+    assert [len(rows) for rows in data.batches(pairs, "captions", 3, 1, 0, world)] == sizes
 
 
-def collect(start, stop, rank=0, processes=1):
-    images = np.arange(4, dtype=np.uint8).repeat(12).reshape(4, 3, 2, 2)
+def test_an_epoch_over_captions_has_each_once_in_an_order_of_its_own():
     pairs = data.Pairs(list("abcd"), ["x"] * 10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3])
-    tokens, seen = torch.arange(10)[:, None], []
-    plan = data.plan_batches(pairs, "captions", 4, epochs=3, seed=0, processes=processes)
-    for pixels, text, rows in data.batches(pairs, images, tokens, plan[start:stop], rank, processes):
-        assert text[:, 0].tolist() == rows.tolist() and pixels.dtype == torch.uint8
-        assert pixels[:, 0, 0, 0].tolist() == [pairs.image_of_caption[m] for m in rows]
-        seen.append(rows.tolist())
-    return seen
-
-
-def test_batches_go_through_the_epochs_may_start_anywhere_and_are_shared():
-    whole = collect(0, 9)                                   # three steps an epoch
-    assert [len(rows) for rows in whole] == [4, 4, 2] * 3 and whole[:3] != whole[3:6]
-    assert all(sorted(sum(whole[n:n + 3], [])) == list(range(10)) for n in (0, 3, 6))
-    assert collect(4, 8) == whole[4:8] and collect(6, 9) == whole[6:] and collect(9, 9) == []
-    halves = zip(collect(0, 6, 0, processes=2), collect(0, 6, 1, processes=2))
-    assert [first + second for first, second in halves] == whole[:6]       # contiguous parts, one a process
+    plan = [batch.tolist() for batch in data.batches(pairs, "captions", 4, epochs=3, seed=0)]
+    assert [len(batch) for batch in plan] == [4, 4, 2] * 3 and plan[:3] != plan[3:6]
+    assert all(sorted(sum(plan[n:n + 3], [])) == list(range(10)) for n in (0, 3, 6))
 
 
 @pytest.mark.parametrize("view", ["side", "above", "portrait", "camera"])

@@ -129,7 +129,7 @@ def world(tmp_path_factory):
     write_pairs(folder / "set")
     model = tiny_clip(vocab_size=TOKENIZER.vocab_size)
     torch.save(model.openai_state_dict(), folder / "plain.pt")
-    settings = dict(dataset="precomp", data_root=str(folder / "set"), model="tiny", image_size=32, sizes={},
+    settings = dict(dataset="precomp", data_root=str(folder / "set"), model="tiny", image_size=32,
                     method="none", activation="quick_gelu", train="all", loss="contrastive",
                     precision="fp32", trained_parameters=7)
     saved = dict(settings=settings, trained={}, merges=TOKENIZER.merges, epoch=3,
@@ -140,7 +140,7 @@ def world(tmp_path_factory):
     adapters.add_method(model, "mrs", bottleneck=8)
     for parameter in model.method_parameters:
         torch.nn.init.normal_(model.get_parameter(parameter), std=0.3)
-    settings |= dict(model=str(folder / "clip"), method="mrs", train="method", sizes={"bottleneck": 8})
+    settings |= dict(model=str(folder / "clip"), method="mrs", train="method", bottleneck=8)
     saved["trained"] = adapters.trainable_state(model)
     del saved["state_dict"]
     torch.save(saved, folder / "mrs/best.pt")
@@ -184,7 +184,7 @@ def test_the_clip_of_a_method_may_have_moved(world, tmp_path):
     run = changed_run(world, tmp_path, settings=settings | {"model": "/old/place/clip.pt"})
     with pytest.raises(FileNotFoundError, match="/old/place/clip.pt.*--model FILE"):
         eval.load_run(run)
-    model = eval.load_run(run, weights=world / "plain.pt")[0]
+    model = eval.load_run(run, clip_file=world / "plain.pt")[0]
     assert torch.equal(eval.encode_images(model, IMAGES[:2]), torch.load(world / "features.pt"))
 
 

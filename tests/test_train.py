@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import adapters
 import clip
@@ -292,12 +293,30 @@ def test_pairs_of_one_person_image_or_caption_are_no_negatives(people, tmp_path,
     monkeypatch.setattr(losses, "contrastive_loss", spy)
     run(*stage_1, "--loss", "contrastive", "--mask-same", "--out", tmp_path / "run")
     pairs = data.read("RSTPReid", folder / "people", "train")
-    batch = data.plan_batches(pairs, "captions", 16, epochs=1, seed=0)[0]
+    batch = data.batches(pairs, "captions", 16, epochs=1, seed=0)[0]
     for i, a in enumerate(batch):
         for j, b in enumerate(batch):
             same_person = pairs.ids[pairs.image_of_caption[a]] == pairs.ids[pairs.image_of_caption[b]]
             assert seen[0][i, j] == (same_person or pairs.captions[a] == pairs.captions[b])
     assert seen[0].sum() > 16
+
+
+def test_a_step_encodes_the_images_and_the_captions_of_its_batch(world, tmp_path, monkeypatch):
+    seen, encode = [], train.encode
+
+    def spy(tower, inputs, views):
+        seen.append(inputs)
+        return encode(tower, inputs, views)
+    monkeypatch.setattr(train, "encode", spy)
+    run(*world[1], "--epochs", "1", "--out", tmp_path / "run")
+    pairs, tokenizer = data.read("precomp", world[0] / "pairs", "train"), eval.load_run(tmp_path / "run")[1]
+    plan = data.batches(pairs, "captions", 16, epochs=1, seed=0)
+    assert len(seen) == 2 * len(plan) > 2
+    for n, batch in enumerate(plan):
+        images = [Image.open(pairs.images[pairs.image_of_caption[m]]) for m in batch]
+        pixels = torch.stack([clip.preprocess(image, 32) for image in images])
+        assert torch.equal(seen[2 * n], clip.normalize(pixels))
+        assert torch.equal(seen[2 * n + 1], tokenizer([pairs.captions[m] for m in batch], 32))
 
 
 def test_irras_groups_of_parameters():
