@@ -364,8 +364,7 @@ def train(args):
     for split, part in pairs.items():
         notes += eval.caption_notes(tokenizer, part.captions, model.config.context_length, split)
     tokens = tokenizer(pairs["train"].captions, model.config.context_length)    # (captions, L)
-    plan = data.batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed,
-                             PROCESSES)
+    plan = data.batches(pairs["train"], args.epoch_over, args.batch_size, args.epochs, args.seed, PROCESSES)
     if not plan:
         raise ValueError(f"{len(tokens)} captions of {len(images['train'])} images are too few to train on: "
                          f"a batch needs two pairs, and one for each of the {PROCESSES} processes")
@@ -398,7 +397,7 @@ def train(args):
     steps = len(plan) // args.epochs                                        # of one epoch
     step, history, sums = 0, [], {}
     captions = repr((pairs["train"].captions, owner_ids.tolist()))
-    origin = dict(steps=steps, start=start_hash, captions=hashlib.sha256(captions.encode()).hexdigest())
+    origin = dict(steps=steps, weights=start_hash, captions=hashlib.sha256(captions.encode()).hexdigest())
     if args.resume:
         last = clip.read_file(out / "last.pt")
         if last.get("origin") != origin:
@@ -482,7 +481,7 @@ def train(args):
             terms = "  ".join(f"{name} {row[name]:.3f}" for name in shown)
             tqdm.write(f"epoch {epoch:3d}/{args.epochs}  lr {lr:.1e}  {terms}{'*' if best else ' '}  "
                        f"{tqdm.format_interval(time.time() - began)}")
-            mean_batch = sum(len(batch) for batch in plan) / len(plan)
+            mean_batch = sum(len(numbers) for numbers in plan) / len(plan)
             equal = 6 * args.margin * mean_batch
             if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / equal - 1) < 0.02:
                 tqdm.write(f"note    {equal:.1f} is the loss when all similarities are equal; if it stays "
