@@ -220,14 +220,14 @@ def some(items):
 
 
 def decode(path, size):
-    """The preprocessed pixels of an image file, uint8 (3, H, W); ValueError with its path and the reason."""
+    """The preprocessed pixels of an image file, uint8 (3, H, W), or why there are none, a ValueError."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)    # differs from OpenAI: it reads turned photos sideways
             return clip.preprocess(upright, size).numpy()
     except Exception as error:      # a damaged file can raise almost anything in Pillow
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"{path}: {' '.join(reason.split())}") from None
+        return ValueError(f"{path}: {' '.join(reason.split())}")
 
 
 def is_blank(pixels):
@@ -237,16 +237,10 @@ def is_blank(pixels):
 
 
 def decode_all(paths, size):
-    """Yield (path, its pixels or the ValueError) for image files, in their order, decoded by threads."""
-    def attempt(path):
-        try:
-            return decode(path, size)
-        except ValueError as error:
-            return error
-
+    """Yield (path, what `decode` returns) for image files, in their order, decoded by threads."""
     with ThreadPoolExecutor() as pool:
-        results = tqdm(pool.map(attempt, paths), "reading images", len(paths), leave=False, disable=None)
-        yield from zip(paths, results)
+        results = pool.map(decode, paths, [size] * len(paths))
+        yield from zip(paths, tqdm(results, "reading images", len(paths), leave=False, disable=None))
 
 
 def read_images(paths, size, cache):
@@ -295,7 +289,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        part = without(part, bad={})        # without empty captions; it may change the order of the images
+        part = without(part, bad={})        # empty captions; from here on row n of the array is image n
         images[split], bad_here = read_images(part.images, size, cache)
         caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
         bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}

@@ -76,7 +76,8 @@ def recipe(args):
     clip_learns = args.train in ("backbone", "all") or args.method == "none"
     values = PE_RSITR | RECIPES[kind, clip_learns]
     if args.method == "none" or (args.train == "backbone" and not args.init):
-        values |= dict(method="none", train="backbone")     # full fine-tuning: defaults, too; see parse
+        # without --init a method would be random: full fine-tuning, unless --method is given (see parse)
+        values |= dict(method="none", train="backbone")
     return values
 
 
@@ -298,8 +299,6 @@ def gather(x):
     from all of them: PROCESSES times the right one. In the loop a parameter takes the mean over the processes
     of its gradients, not their sum, which cancels it. Temperature and classifier have equal ones everywhere.
     """
-    if PROCESSES == 1:
-        return x
     return torch.cat(all_gather(x))
 
 
@@ -355,8 +354,9 @@ def train(args):
     pairs, notes = data.read_splits(args.dataset, args.data_root)       # {"train": Pairs, "val": ...}
     if args.loss.startswith("sdm") and pairs["train"].ids is None:
         raise ValueError(f"--loss {args.loss} needs person ids, and {args.dataset} has none")
-    model, tokenizer, clip_hash = build(args, pairs["train"].captions)      # the hash is for best.pt
-    start_hash = eval.fingerprint(model) if args.init else clip_hash        # for --resume
+    # two hashes: of CLIP without a method, for best.pt; and with what --init brings, for --resume
+    model, tokenizer, clip_hash = build(args, pairs["train"].captions)
+    start_hash = eval.fingerprint(model) if args.init else clip_hash
     pairs, images, load_notes = data.load(pairs, args.image_size, out.parent / "cache", args.skip_bad)
     notes += load_notes
     if RANK == 0 and PROCESSES > 1:
@@ -421,20 +421,21 @@ def train(args):
     saved_at = time.time()
     image_of_caption = np.asarray(pairs["train"].image_of_caption)
     model.train()
-    for batch in tqdm(plan[step:], "step", len(plan), initial=step, leave=False,
-                      disable=True if RANK > 0 else None):          # captions' numbers, for all processes
+    quiet = True if RANK > 0 else None          # None: shown on a terminal only
+    for batch in tqdm(plan[step:], "step", len(plan), initial=step, leave=False, disable=quiet):
         torch.manual_seed(args.seed * 2 ** 32 + RANK * 2 ** 24 + step)
         lr = learning_rate(args, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
-        mine = np.split(batch, PROCESSES)[RANK]                                               # (B,)
+        mine = np.split(batch, PROCESSES)[RANK]         # (B,) numbers of captions, those of this process
         pixels = torch.from_numpy(images["train"][image_of_caption[mine]]).to(args.device)
         pixels = clip.normalize(data.augment(pixels.float(), args.augment))                   # (B, 3, H, W)
         texts = tokens[mine].to(args.device)                                                  # (B, L)
         with eval.autocast(args.device, args.precision):
             image = encode(model.visual, pixels, views)                                       # views x (B, D)
             text = encode(model.text, texts, views)
-        image, text = [gather(view) for view in image], [gather(view) for view in text]
+        if PROCESSES > 1:
+            image, text = [gather(view) for view in image], [gather(view) for view in text]
         owner, text_id = owner_ids[batch].to(args.device), text_ids[batch].to(args.device)    # (B,), of all
         same = None
         if args.mask_same:
