@@ -14,7 +14,8 @@ clip.py imports nothing from here. Four moves, alone or together, install any me
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
 A new method is a function add_name(model, size=default) that makes such moves, entered in METHODS at the end
 of the file. It raises errors before it adds anything; all parameters that it creates learn. In the text tower
-it must be causal, as captions are cut behind EOT. A new size stands in SIZES and needs a flag in train.py.
+it must be causal, as captions are cut behind EOT. A new size stands in SIZES, needs a flag in train.py and
+is a whole number unless `add_method` knows it.
 
 Where prompts enter and leave, around each block (deep) or around the whole transformer (shallow):
     [first | rest]  ->  [first | m prompts | rest]  ->  inner  ->  [first | rest]
@@ -26,7 +27,7 @@ never sees a word. In the image tower all tokens see each other.
 To copy the MRS-Adapter into another CLIP: `MRSAdapter` with `start_at_zero` needs only torch. Make one for
 all blocks of both towers, `MRSAdapter({"image": 768, "text": 512})`, and freeze all else. Each block is
 `x = x + attn(ln_1(x)); return x + mlp(ln_2(x)) + adapter(x, side)`. Call train() and eval(): it has dropout.
-In both cases new parameters are float32 however CLIP is stored, so train under autocast.
+Installed or copied, new parameters are float32 however CLIP is stored, so train under autocast.
 
 A side is "image" or "text". Shapes: B batch, L sequence length, C width of a tower, D joint width, m prompt
 length, d inner width of an adapter (the bottleneck). Counts are for ViT-B/32: 12 blocks in each tower,

@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A stack of blocks, (B, L, C) -> (B, L, C)."""
-    def __init__(self, width, layers, causal, activation):
+    def __init__(self, width, layers, activation, causal):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, causal, activation) for _ in range(layers))
         self.grad_checkpointing = False     # True: less memory, as backward computes each block once more
@@ -150,7 +150,7 @@ class VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + math.prod(self.grid), width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, False, config.activation)
+        self.transformer = Transformer(width, config.vision_layers, config.activation, causal=False)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
         self.head = nn.Identity()       # where CLIP-Adapter and the linear probe put their network
@@ -179,7 +179,7 @@ class TextTower(nn.Module):
         self.eot = config.vocab_size - 1    # the highest id, so a row's argmax is its first EOT
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.transformer = Transformer(width, config.text_layers, True, config.activation)
+        self.transformer = Transformer(width, config.text_layers, config.activation, causal=True)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         self.head = nn.Identity()
@@ -188,7 +188,7 @@ class TextTower(nn.Module):
     def embed(self, tokens):
         # to save time, cut the columns behind the last of the rows' first EOTs. Exact: attention is causal,
         # all else works token by token, and a feature is read at its row's first EOT alone
-        eot = tokens.argmax(dim=1)                                            # (B,), if a row has one
+        eot = tokens.argmax(dim=1)              # (B,), each row's first EOT, if it has one
         tokens = tokens[:, :int(eot.max()) + 1]
         L, longest = tokens.shape[1], len(self.positional_embedding)
         if L > longest or (tokens.amax(dim=1) != self.eot).any():
@@ -280,9 +280,10 @@ WORD = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
                   r"|(?:[^\s\w\u0345]|_)+")     # signs; U+0345, a mark, is dropped, as by OpenAI
 CURLY = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
 # BPE works on bytes written as characters: the 188 visible ones of Latin-1, 68 others as U+0100, U+0101, ...
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-BYTES = dict(zip(VISIBLE + HIDDEN, map(chr, VISIBLE + [*range(256, 324)])))
+BYTES = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+for byte in range(256):
+    if byte not in BYTES:
+        BYTES[byte] = chr(256 + len(BYTES) - 188)
 
 
 def words_of(text):
