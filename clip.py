@@ -51,6 +51,8 @@ class CLIPConfig:
         """(rows, columns) of patches."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < self.patch_size:
+            raise ValueError(f"images of {size} pixels are smaller than a patch of {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
 
@@ -144,8 +146,6 @@ class VisionTower(nn.Module):
         super().__init__()
         width, patch, scale = config.vision_width, config.patch_size, config.vision_width ** -0.5
         self.grid = config.grid
-        if 0 in self.grid:
-            raise ValueError(f"images of {config.image_size} pixels are smaller than a patch of {patch}")
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + math.prod(self.grid), width))

@@ -197,8 +197,8 @@ def fingerprint(model):
 def load_run(name, device="cpu", image_size=None, activation=None, clip_file=None):
     """A run of train.py at its best epoch, or plain CLIP -> (model, tokenizer, settings).
 
-    name: a run's folder or best.pt, or what clip.load_clip takes. image_size: not that of its training.
-    activation: of weights that do not tell. clip_file: where the CLIP of a run is now, if it was moved.
+    name: a run's folder or best.pt, or what clip.load_clip takes. image_size: in place of its training's.
+    activation: of plain CLIP, as in load_clip. clip_file: where the CLIP of a run is now, if it was moved.
     settings: train.py's, "epoch", "fingerprint" of CLIP. Raises FileNotFoundError or ValueError.
     """
     saved = {} if name in clip.URLS else clip.read_file(name)       # a run's has "trained", the method's
@@ -209,7 +209,7 @@ def load_run(name, device="cpu", image_size=None, activation=None, clip_file=Non
             source = clip_file or settings["model"]
     if source not in clip.URLS and not Path(source).exists():
         raise FileNotFoundError(f"{source}, the CLIP of {name}, is not there: give its place by --model FILE")
-    if clip_file and clip_file != source:
+    if clip_file and clip_file != source:           # it was given, and is of no use
         raise ValueError(f"{name} is a CLIP or holds one: leave out --model {clip_file}")
     model = clip.load_clip(source, image_size or settings.get("image_size"),
                            activation=settings.get("activation") or activation)
@@ -275,7 +275,7 @@ def run_tables(names):
                 settings = run["settings"]
                 *starts, own = run["rows"]          # of row_of; starts: chance, and what the run began with
                 dataset = f"{settings['dataset']} {run['split']} {Path(settings['data_root'] or '').name}"
-            for row in starts:                      # an equal one of an earlier run is overwritten
+            for row in starts:                      # overwrites an earlier run's: equal ones are one row
                 groups[dataset, json.dumps(row)] = {file: row}
             shared = {key: value for key, value in settings.items() if key not in INCIDENTAL}
             shared["starts"] = [starts[:1], [row[0] for row in starts[1:]]]  # same test set, same beginning
@@ -397,7 +397,7 @@ def parse(argv):
     flag("--split", default="test", choices=("train", "val", "test"), help="(default: %(default)s)")
     flag("--skip-bad", action="store_true", help="test without the images that cannot be read")
     flag("--model", metavar="FILE", help="where the CLIP of a run is now, if it was moved")
-    flag("--activation", choices=("quick_gelu", "gelu"), help="of weights that do not tell")
+    flag("--activation", choices=("quick_gelu", "gelu"), help="of plain CLIP; by default what its files tell")
     flag("--cache", default="runs/cache", metavar="DIR", help="of images and features (default: %(default)s)")
     flag("--device", choices=DEVICES, default="cuda" if "cuda" in DEVICES else "cpu")
     args = parser.parse_args(argv)

@@ -390,9 +390,13 @@ def test_a_failed_save_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch)
     (["--image-size", "0"], "--image-size [0]"),
     (["--loss", "sdm"], "needs person ids"),
     (["--loss", "sdm", "--mask-same"], "--mask-same changes nothing"),
+    (["--device", "mps", "--precision", "bf16"], "bf16 does not work on mps"),
+    (["--image-size", "10"], "images of 10 pixels are smaller than a patch of 16"),
+    (["--resume"], "there is no last.pt"),
     (["--data-root", "nowhere"], "nowhere")])
 def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval, "DEVICES", ["cpu", "mps"])
     line = error_of(capsys, *world[1], *flags)
     assert line.startswith("train.py: error:") and words in line
     assert list(tmp_path.iterdir()) == []
@@ -406,6 +410,7 @@ def test_mistakes_with_folders_of_runs(world, people, tmp_path, capsys):
     assert "has precomp, which stays" in error_of(capsys, "--resume", "--out", folder / "scratch", "--dataset", "toy-aerial")
     again = train.parse(["--resume", "--out", str(people[0] / "stage1"), "--image-size", "96", "48", "--skip-bad"])
     assert (again.image_size, again.loss) == ((96, 48), "sdm")      # a flag may be repeated as it was
+    assert "the place of that run's CLIP" in error_of(capsys, "--init", people[0] / "stage1", "--model", "tiny")
     args = train.parse(["--init", str(people[0] / "stage1"), "--train", "backbone"])
     assert (args.dataset, args.data_root) == ("RSTPReid", str(people[0] / "people"))    # that run's data
     assert "--method" in error_of(capsys, *people[1], "--init", people[0] / "stage1", "--method", "mrs")
