@@ -282,10 +282,11 @@ def test_torchscript_archives_are_read(tmp_path):
 
 def refused(path, match):
     """Loading fails with one line that names the path and does not advise to run the file."""
-    with pytest.raises((ValueError, FileNotFoundError), match=match) as info:
-        clip.load_clip(path)
-    line = str(info.value)
-    assert "\n" not in line and str(path) in line and "weights_only" not in line
+    for activation in (None, "gelu"):
+        with pytest.raises((ValueError, FileNotFoundError), match=match) as info:
+            clip.load_clip(path, activation=activation)
+        line = str(info.value)
+        assert "\n" not in line and str(path) in line and "weights_only" not in line
 
 
 @pytest.mark.parametrize("file, content, expected", [
