@@ -598,8 +598,8 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     with loading(path):             # also for what does not fit
         settings = content.get("settings", {})      # of a run of train.py
         if settings and "state_dict" not in content:
-            raise ValueError("it holds no CLIP but what a run of train.py learned: give the run's folder to "
-                             "eval.py or to --init")
+            raise ValueError("it is a part of a run of train.py, no CLIP: give the run's folder (to eval.py, "
+                             "--init, or --model if its CLIP learned)")
         weights = to_openai(content)
         config = config_of(weights, settings.get("image_size"))
         trained_grid = config.grid

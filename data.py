@@ -189,12 +189,15 @@ def read_folder(root, split):
 
     An image may stand in several lines. Those without a split are sorted, shuffled with random.seed(2) and
     dealt out: a tenth, at least one, to val and test each, the rest to train; of one or two images all go to
-    train. A first line that names the columns is left out.
+    train. A first line that names the columns is left out; fields may be quoted as by spreadsheets.
     """
     file, rows = Path(root) / "captions.tsv", []
     header = ("image", "img", "image_path", "file", "filename", "file_name", "filepath", "file_path", "path")
     for n, line in enumerate(read_lines(file), 1):
-        fields = next(csv.reader([line], delimiter="\t"))       # quotes as spreadsheets write them
+        try:
+            fields = next(csv.reader([line], delimiter="\t", strict=True))
+        except csv.Error as error:      # such as a quotation mark that is not closed in its line
+            raise ValueError(f"{file}:{n}: {error}; quotes inside quotes are doubled: {line!r:.80}") from None
         is_header = n == 1 and fields and fields[0].lower() in header
         if line.strip() and not is_header:
             check(len(fields) in (2, 3), f"{file}:{n} is not image<TAB>caption[<TAB>split]: {line!r:.80}")

@@ -52,9 +52,8 @@ def recalls(similarity, query_ids, gallery_ids, prefix):
         raise ValueError(f"similarity {tuple(similarity.shape)} does not fit queries x gallery {shape}")
     if not similarity.isfinite().all():
         raise ValueError("similarities hold NaN or infinite values: the weights are broken, not just bad")
-    unmatched = query_ids[~torch.isin(query_ids, gallery_ids)]
-    if len(unmatched):
-        raise ValueError(f"queries have no match in the gallery, the first has id {unmatched[0]}")
+    if not torch.isin(query_ids, gallery_ids).all():
+        raise ValueError("there are queries without a match in the gallery")
     hits = {1: 0.0, 5: 0.0, 10: 0.0}
     for scores, ids in zip(similarity.split(CHUNK), query_ids.split(CHUNK)):  # (B, G), (B,)
         right = ids[:, None] == gallery_ids                                   # (B, G)
@@ -326,9 +325,15 @@ def plot_curve(history, path):
 
 def find_files(folder):
     """All files under a folder, at any depth, links followed; not hidden ones, such as macOS's ._*."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
-    path_of = {os.path.realpath(path): path for path in sorted(paths, reverse=True)}    # once, also if linked
-    return sorted(path for path in path_of.values() if os.path.isfile(path))
+    paths, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:            # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")]
+    return paths
 
 
 def encode_files(model, paths, folder):
@@ -366,17 +371,14 @@ def search(args, pairs, model, tokenizer, settings):
     paths = find_files(args.gallery) if args.gallery else pairs.images
     config, precision = model.config, settings["precision"]
     folder = f"features-{fingerprint(model)}-{config.image_size}-{config.activation}-{precision}"
-    for note in caption_notes(tokenizer, [args.query], config.context_length, "the query"):
-        print(note, file=sys.stderr)
     with autocast(args.device, precision):
         query = encode_texts(model, tokenizer([args.query], config.context_length))[0]
         features = encode_files(model, paths, Path(args.cache) / folder)
     if not features:
         raise ValueError(f"{args.gallery or args.dataset} is not there or holds no image that can be used")
-    paths, similarity = list(features), torch.stack(list(features.values())) @ query
-    best = similarity.argsort(descending=True, stable=True)[:args.top].tolist()
-    for rank, n in enumerate(best, start=1):
-        print(f"{rank:4d}  {similarity[n]:.4f}  {paths[n]}")
+    similarity = torch.stack(list(features.values())) @ query
+    for rank, n in enumerate(similarity.argsort(descending=True, stable=True)[:args.top].tolist(), start=1):
+        print(f"{rank:4d}  {similarity[n]:.4f}  {list(features)[n]}")
 
 
 # ------------------------------------------------------------------------------------ the command line
@@ -390,10 +392,10 @@ def parse(argv):
     one_of("run", nargs="?", help="a run's folder or best.pt; or CLIP: ViT-B/32 ..., a weight file")
     one_of("--table", nargs="+", metavar="RUN", help="a table of finished runs")
     flag("--query", metavar="TEXT", help="the images nearest to a sentence")
-    flag("--gallery", metavar="DIR", help="search the images of this folder instead of the data set's")
+    flag("--gallery", metavar="DIR", type=os.path.abspath, help="search this folder, not the data set")
     flag("--top", type=int, default=10, help="images listed (default: %(default)s)")
     flag("--dataset", choices=data.DATASETS, help="by default the run's own")
-    flag("--data-root", metavar="DIR", help="its folder; by default that of the run, for the run's data set")
+    flag("--data-root", metavar="DIR", type=os.path.abspath, help="its folder; by default that of the run")
     flag("--split", default="test", choices=("train", "val", "test"), help="(default: %(default)s)")
     flag("--skip-bad", action="store_true", help="test without the images that cannot be read")
     flag("--model", metavar="FILE", help="where the CLIP of a run is now, if it was moved")
@@ -401,8 +403,6 @@ def parse(argv):
     flag("--cache", default="runs/cache", metavar="DIR", help="of images and features (default: %(default)s)")
     flag("--device", choices=DEVICES, default="cuda" if "cuda" in DEVICES else "cpu")
     args = parser.parse_args(argv)
-    if args.top < 1:
-        parser.error(f"--top {args.top}: 1 or more is needed")
     if (args.gallery or args.query is not None) and not (args.query or "").strip():
         parser.error("a search needs words: --query TEXT, alone or with --gallery DIR")
     return args

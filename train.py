@@ -124,7 +124,8 @@ def make_parser():
 
 
 FROM_INIT = ("model", "image_size", "activation", "method", *adapters.SIZES)    # settings that --init brings
-MAY_CHANGE = ("resume", "out", "model", "data_root", "skip_bad", "device", "precision", "grad_checkpointing")
+MAY_CHANGE = ("resume", "out", "init", "model", "data_root", "skip_bad", "device", "precision",
+              "grad_checkpointing")
 
 
 def parse(argv):
@@ -158,6 +159,8 @@ def parse(argv):
         if name in earlier and name not in MAY_CHANGE and value != earlier[name]:
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
                              "leave the flag out")
+    if args.data_root and not (args.dataset or args.resume):
+        raise ValueError(f"--data-root {args.data_root} without --dataset: which kind of data is it?")
     args.dataset = args.dataset or "toy-aerial"
     vars(args).update(recipe(args) | earlier | given)   # the last one decides
     if args.resume:
@@ -512,7 +515,8 @@ def test(args, pairs, images, history, seconds):
         else:
             label, trained, share = "zero-shot", 0, 0.0
         rows.append((label, trained, share, metrics))
-    model, tokenizer, settings = eval.load_run(args.out, args.device)
+    clip_file = args.model if args.train == "method" else None      # it may have moved since best.pt
+    model, tokenizer, settings = eval.load_run(args.out, args.device, clip_file=clip_file)
     rows.append(eval.row_of(model, tokenizer, settings, pairs[split], images[split]))
     tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, epoch {settings['epoch']}, "
                f"{tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"

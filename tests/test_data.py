@@ -158,7 +158,7 @@ def test_images_without_a_split_are_dealt_out_in_any_order_of_lines(tmp_path, co
         assert sorted(stems(data.read_folder(tmp_path, split))) == sorted(dealt[split])
 
 
-@pytest.mark.parametrize("line", ["b.png", "b.png\tx\tdummy", "b.png\tx\ttrain\tx", "\tx"])
+@pytest.mark.parametrize("line", ["b.png", "b.png\tx\tdummy", "b.png\tx\ttrain\tx", "\tx", 'b.png\t"open'])
 def test_a_line_of_another_layout_is_named(tmp_path, line):
     write_tsv(tmp_path, f"a.png\tx\n{line}\nc.png\tx\n")
     with pytest.raises(ValueError, match="captions.tsv:2"):
