@@ -14,8 +14,8 @@ clip.py imports nothing from here. Four moves, alone or together, install any me
 4. `tune(model, names)`: let some of CLIP's own parameters learn.
 A new method is a function add_name(model, size=default) that makes such moves, entered in METHODS at the end
 of the file. It raises errors before it adds anything; all parameters that it creates learn. In the text tower
-it must be causal, as captions are cut behind EOT. A new size stands in SIZES, needs a flag in train.py and
-is a whole number unless `add_method` knows it.
+it must be causal, as captions are cut behind EOT. A new size stands in METHOD_SIZES, needs a flag in train.py
+and is a whole number unless `add_method` knows it.
 
 Where prompts enter and leave, around each block (deep) or around the whole transformer (shallow):
     [first | rest]  ->  [first | m prompts | rest]  ->  inner  ->  [first | rest]
@@ -587,4 +587,4 @@ METHODS = {
     "vl-prompt": add_vl_prompt, "maple": add_maple, "prompts": add_prompts, "lora": add_lora,
     "bitfit": add_bitfit, "layernorm": add_layernorm, "ia3": add_ia3, "ssf": add_ssf,
 }
-SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")    # of all of them
+METHOD_SIZES = ("bottleneck", "dropout", "prompt_length", "prompt_depth", "rank", "shared")    # of any method

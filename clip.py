@@ -48,7 +48,7 @@ class CLIPConfig:
 
     @property
     def grid(self):
-        """(rows, columns) of patches."""
+        """(rows, columns) of patches; ValueError if there are none."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < self.patch_size:
@@ -274,7 +274,7 @@ SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 # are no digits, such as a raised 2. differs from OpenAI: above U+3400 these count as letters, and letters
 # newer than Python's tables as signs
 NUMBERS = "".join(c for c in map(chr, range(0x3400)) if unicodedata.category(c) in ("Nl", "No"))
-WORD = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+WORD = re.compile(r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
                   rf"|[^\W\d_{NUMBERS}]+"       # letters: each a \w, but no digit, no _, none of NUMBERS
                   rf"|[\d{NUMBERS}]"            # one number
                   r"|(?:[^\s\w\u0345]|_)+")     # signs; U+0345, a mark, is dropped, as by OpenAI
@@ -559,11 +559,11 @@ def config_of(weights, image_size):
         text_width=text_width, text_layers=len(blocks) - vision_layers)
 
 
-def check_beside(path, config):
+def activation_beside(path, config):
     """The activation that Hugging Face's or open_clip's files beside the weights state, or quick_gelu.
     ValueError if they state heads, eps or a normalisation that this code does not have."""
     stated = {}
-    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
+    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"):
         file = path.with_name(name)
         if file.is_file():
             with loading(file):
@@ -573,8 +573,12 @@ def check_beside(path, config):
         "text_config.num_attention_heads": config.text_width // 64, "text_config.layer_norm_eps": 1e-5,
         "model_cfg.vision_cfg.head_width": 64, "model_cfg.text_cfg.heads": config.text_width // 64,
         "model_cfg.vision_cfg.norm_kwargs.eps": 1e-5, "model_cfg.text_cfg.norm_kwargs.eps": 1e-5,
+        "model_cfg.vision_cfg.pool_type": "tok", "model_cfg.vision_cfg.act_kwargs.approximate": "none",
+        "model_cfg.text_cfg.pool_type": "argmax", "model_cfg.text_cfg.act_kwargs.approximate": "none",
+        "model_cfg.text_cfg.no_causal_mask": False, "do_normalize": True,
         "preprocess_cfg.mean": list(MEAN), "preprocess_cfg.std": list(STD),
-        "image_mean": list(MEAN), "image_std": list(STD), "do_normalize": True,
+        "image_mean": list(MEAN), "image_std": list(STD),
+        "image_processor.image_mean": list(MEAN), "image_processor.image_std": list(STD),
     }
     for field, value in supported.items():
         if stated.get(field) not in (None, value):
@@ -597,7 +601,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
     content = read_file(path)
     with loading(path):             # also for what does not fit
         settings = content.get("settings", {})      # of a run of train.py
-        if settings and "state_dict" not in content:
+        if ("trained" in content or "learned" in content) and "state_dict" not in content:
             raise ValueError("it is a part of a run of train.py, no CLIP: give the run's folder (to eval.py, "
                              "--init, or --model if its CLIP learned)")
         weights = to_openai(content)
@@ -610,7 +614,7 @@ def load_clip(name_or_path, image_size=None, device="cpu", activation=None):
             position = position.T.reshape(1, config.vision_width, *trained_grid)   # (1, C, rows, columns)
             position = F.interpolate(position, config.grid, mode="bilinear", align_corners=False)
             weights["visual.positional_embedding"] = torch.cat([cls, position[0].flatten(1).T])
-        stated = check_beside(path, config)
+        stated = activation_beside(path, config)
         config.activation = activation or settings.get("activation") or stated
         with torch.device("meta"):      # takes no memory and draws no random numbers
             model = CLIP(config)

@@ -151,7 +151,7 @@ def read_json(file, split, people=False):
         if isinstance(sentences, list):
             captions = [text.get("raw") if isinstance(text, dict) else text for text in sentences]
         name = item.get("filename") or item.get("file_path") or item.get("img_path")
-        if item.get("filepath") and isinstance(name, str):      # COCO's name for the folder of the image
+        if item.get("filepath") and isinstance(name, str):      # not file_path: COCO's folder of the image
             name = f"{item['filepath']}/{name}"
         if people:
             check(str(item.get("id")).isdecimal(), f"{where}: the id {item.get('id')!r:.80} is no number")
@@ -223,7 +223,8 @@ def some(items):
 
 
 def decode(path, size):
-    """The preprocessed pixels of an image file, uint8 (3, H, W), or why there are none, a ValueError."""
+    """The preprocessed pixels of an image file, uint8 (3, H, W), or the ValueError that says why there are
+    none: it is returned, not raised."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)    # differs from OpenAI: it reads turned photos sideways
@@ -292,7 +293,7 @@ def load(pairs, size, cache="runs/cache", skip_bad=False):
         empty = sum(not caption.strip() for caption in part.captions)
         if empty:       # differs from PE-RSITR: it trains on the 20 empty captions of RSITMD
             notes.append(f"{split}: {empty} empty captions are left out")
-        part = without(part, bad={})        # empty captions; from here on row n of the array is image n
+        part = without(part, bad={})        # without empty captions; image n is then row n of the array
         images[split], bad_here = read_images(part.images, size, cache)
         caption_of = {part.images[n]: caption for n, caption in zip(part.image_of_caption, part.captions)}
         bad |= {path: f"{reason} (caption {caption_of[path]!r:.60})" for path, reason in bad_here.items()}
@@ -585,7 +586,8 @@ def main():
             ids = f", {len(set(pairs.ids))} ids" if pairs.ids else ""
             print(f"{split:5} {len(pairs.images):6d} images {len(pairs.captions):6d} captions, "
                   f"{len(set(pairs.captions)):6d} of them distinct{ids}")
-        notes += load(splits, (32, 32))[2]
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # mapped files on Windows
+            notes += load(splits, (32, 32), cache)[2]
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {error}\n")
     except KeyboardInterrupt:

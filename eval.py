@@ -176,7 +176,7 @@ def caption_notes(tokenizer, captions, context_length, split):
     """What a user should know about captions that are too long -> list of no or one line."""
     texts = [tuple(tokenizer.encode(caption)) for caption in captions]
     cut = sum(len(ids) > context_length for ids in texts)
-    merged = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})     # as seen, EOT left out
+    merged = len(set(texts)) - len({ids[:context_length - 1] for ids in texts})     # as read, without EOT
     note = f"{split}: {cut} captions exceed {context_length} tokens and are cut; {merged} then equal another"
     return [note] if cut else []
 
@@ -198,8 +198,7 @@ def load_run(name, device="cpu", image_size=None, activation=None, clip_file=Non
 
     name: a run's folder or best.pt, or what clip.load_clip takes. image_size: in place of its training's.
     activation: of plain CLIP, as in load_clip. clip_file: where the CLIP of a run is now, if it was moved.
-    settings: train.py's, "epoch", "fingerprint" of CLIP. Raises FileNotFoundError or ValueError.
-    """
+    settings: train.py's, "epoch", "fingerprint" of CLIP. Raises FileNotFoundError or ValueError."""
     saved = {} if name in clip.URLS else clip.read_file(name)       # a run's has "trained", the method's
     settings, source = {"precision": "fp32"}, name                  # source: where CLIP lies
     if "trained" in saved:
@@ -210,8 +209,10 @@ def load_run(name, device="cpu", image_size=None, activation=None, clip_file=Non
         raise FileNotFoundError(f"{source}, the CLIP of {name}, is not there: give its place by --model FILE")
     if clip_file and clip_file != source:           # it was given, and is of no use
         raise ValueError(f"{name} is a CLIP or holds one: leave out --model {clip_file}")
+    if activation and activation != settings.get("activation", activation):
+        raise ValueError(f"{name} was trained with {settings['activation']}: leave out --activation")
     model = clip.load_clip(source, image_size or settings.get("image_size"),
-                           activation=settings.get("activation") or activation)
+                           activation=activation or settings.get("activation"))
     tokenizer = clip.Tokenizer(merges=saved.get("merges"))      # None: OpenAI's
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{name}: the model knows {model.config.vocab_size} tokens and its tokenizer "
@@ -220,7 +221,7 @@ def load_run(name, device="cpu", image_size=None, activation=None, clip_file=Non
     if source != name and settings["fingerprint"] != saved["fingerprint"]:
         raise ValueError(f"{name} was trained on other weights than those in {source}")
     if "trained" in saved:
-        sizes = {size: settings.get(size) for size in adapters.SIZES}
+        sizes = {size: settings.get(size) for size in adapters.METHOD_SIZES}
         adapters.add_method(model, settings["method"], **sizes)
         adapters.load_trainable(model, saved["trained"])
     return model.to(device).eval(), tokenizer, settings
@@ -272,7 +273,7 @@ def run_tables(names):
             with clip.loading(file):
                 run = json.loads(file.read_text(encoding="utf-8"))
                 settings = run["settings"]
-                *starts, own = run["rows"]          # of row_of; starts: chance, and what the run began with
+                *starts, own = run["rows"]          # starts: chance, and what the run began with
                 dataset = f"{settings['dataset']} {run['split']} {Path(settings['data_root'] or '').name}"
             for row in starts:                      # overwrites an earlier run's: equal ones are one row
                 groups[dataset, json.dumps(row)] = {file: row}
@@ -427,8 +428,7 @@ def main(argv=None):
         if args.table:
             print(run_tables(args.table))
             return
-        model, tokenizer, settings = load_run(args.run, args.device, activation=args.activation,
-                                              clip_file=args.model)
+        model, tokenizer, settings = load_run(args.run, args.device, None, args.activation, args.model)
         args.dataset = args.dataset or settings.get("dataset")
         if args.dataset == settings.get("dataset"):         # the user named no other
             args.data_root = args.data_root or settings.get("data_root")

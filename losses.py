@@ -22,7 +22,7 @@ def cosine(x, y):
         x, y = x.float(), y.float()
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type):
-        device_type = "cpu"     # torch 2.4 has none on MPS; to turn off the CPU's changes nothing
+        device_type = "cpu"     # torch 2.4 has none on MPS and raises; to turn off the CPU's changes nothing
     with torch.autocast(device_type, enabled=False):        # a product in bf16 would round small margins away
         return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
 

@@ -76,7 +76,7 @@ def recipe(args):
     clip_learns = args.train in ("backbone", "all") or args.method == "none"
     values = PE_RSITR | RECIPES[kind, clip_learns]
     if args.method == "none" or (args.train == "backbone" and not args.init):
-        # without --init a method would be random: full fine-tuning, unless --method is given (see parse)
+        # without --init a method would be fixed at random; with --method, `parse` refuses
         values |= dict(method="none", train="backbone")
     return values
 
@@ -95,7 +95,7 @@ def make_parser():
     flag("--model", help="published name, weight file or folder, run; tiny, small: from scratch")
     flag("--init", type=os.path.abspath, metavar="RUN", help="go on from a run's model and method: stage 2")
     flag("--image-size", type=int, nargs="+", metavar="PX", help="pixels, or height and width")
-    flag("--activation", choices=("quick_gelu", "gelu"), help="for weight files that do not say it")
+    flag("--activation", choices=("quick_gelu", "gelu"), help="of plain CLIP; by default what its files tell")
     flag("--method", choices=tuple(adapters.METHODS), help="what is added to CLIP")
     flag("--train", choices=("method", "backbone", "all"), help="what learns: the method, CLIP, or both")
     flag("--bottleneck", type=int, help="inner width of adapters; 16-128, more for larger data")
@@ -104,7 +104,7 @@ def make_parser():
     flag("--prompt-depth", type=int, help="blocks with prompts, from the first")
     flag("--rank", type=int, help="rank of LoRA; 2-16")
     flag("--shared", action="store_true", default=None, help="one adapter for all blocks")
-    flag("--per-block", action="store_false", default=None, dest="shared", help="one for each block")
+    flag("--per-block", action="store_false", default=None, dest="shared", help="one for each depth")
     flag("--loss", choices=("hmmc", "hmmc-softmax", "contrastive", "sdm", "sdm+id"), help="sdm: with ids")
     flag("--margin", type=float, help="of hmmc; 0.05-0.3, lower if the loss stays up")
     flag("--mask-same", action="store_true", default=None, help="equal image, caption, person: no negative")
@@ -123,9 +123,9 @@ def make_parser():
     return parser
 
 
-FROM_INIT = ("model", "image_size", "activation", "method", *adapters.SIZES)    # settings that --init brings
+FROM_INIT = ("model", "image_size", "activation", "method", *adapters.METHOD_SIZES)     # what --init brings
 MAY_CHANGE = ("resume", "out", "init", "model", "data_root", "skip_bad", "device", "precision",
-              "grad_checkpointing")
+              "grad_checkpointing")     # need not be as in the earlier run
 
 
 def parse(argv):
@@ -155,7 +155,7 @@ def parse(argv):
             earlier["model"] = args.init                # its CLIP has learned: it is the run's own
         if args.model in FROM_SCRATCH:
             raise ValueError(f"--model {args.model}: with --init, --model is the place of that run's CLIP")
-    for name, value in given.items():       # MAY_CHANGE: those that may be other than in the earlier run
+    for name, value in given.items():
         if name in earlier and name not in MAY_CHANGE and value != earlier[name]:
             raise ValueError(f"--{name.replace('_', '-')}: the earlier run has {earlier[name]}, which stays; "
                              "leave the flag out")
@@ -300,7 +300,7 @@ def gather(x):
 
     Each process computes the same loss, that of the whole batch, and backward adds up the gradients of a row
     from all of them: PROCESSES times the right one. In the loop a parameter takes the mean over the processes
-    of its gradients, not their sum, which cancels it. Temperature and classifier have equal ones everywhere.
+    of its gradients, not their sum: that takes the factor out. Temperature and classifier have equal ones.
     """
     return torch.cat(all_gather(x))
 
@@ -329,7 +329,8 @@ def build(args, captions):
         method = start.get("method", "none")
         if method != "none":
             raise ValueError(f"--model {args.model} is a run with {method}: take --init for it")
-        adapters.add_method(model, args.method, **{size: getattr(args, size) for size in adapters.SIZES})
+        sizes = {size: getattr(args, size) for size in adapters.METHOD_SIZES}
+        adapters.add_method(model, args.method, **sizes)
     for module in model.modules():
         if isinstance(module, clip.Transformer):
             module.grad_checkpointing = args.grad_checkpointing
@@ -517,6 +518,7 @@ def test(args, pairs, images, history, seconds):
         rows.append((label, trained, share, metrics))
     clip_file = args.model if args.train == "method" else None      # it may have moved since best.pt
     model, tokenizer, settings = eval.load_run(args.out, args.device, clip_file=clip_file)
+    settings["precision"] = args.precision
     rows.append(eval.row_of(model, tokenizer, settings, pairs[split], images[split]))
     tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, epoch {settings['epoch']}, "
                f"{tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"

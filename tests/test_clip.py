@@ -299,10 +299,9 @@ def refused(path, match):
     ("config", {"vision_config": {"num_attention_heads": 12}}, "num_attention_heads 12: only 3"),
     ("config", {"text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06: only 1e-05"),
     ("config", [1], "config.json cannot be loaded"),
-    ("open_clip_config", {"model_cfg": {"vision_cfg": {"head_width": 80}}}, "head_width 80: only 64"),
     ("open_clip_config", {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, r"cfg.mean \[0.5, .*only \[0.48"),
-    ("preprocessor_config", {"do_normalize": False}, "do_normalize False"),
-    ("preprocessor_config", {"image_std": [0.5, 0.5, 0.5]}, r"image_std \[0.5")])
+    ("open_clip_config", {"model_cfg": {"text_cfg": {"no_causal_mask": True}}}, "no_causal_mask True"),
+    ("processor_config", {"image_processor": {"image_std": [0.5, 0.5, 0.5]}}, r"image_std \[0.5")])
 def test_a_file_beside_the_weights_gives_the_activation_or_is_refused(tmp_path, file, content, expected):
     torch.save(random_clip().openai_state_dict(), tmp_path / "best.pt")
     (tmp_path / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
