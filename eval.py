@@ -240,10 +240,10 @@ def label(settings):
     return f"{name}, {settings['loss']}" + (", same masked" if settings.get("mask_same") else "")
 
 
-def row_of(model, tokenizer, settings, pairs, images):
+def row_of(model, tokenizer, settings, pairs, images, precision):
     """A row of `table` for one model and split: its label, trained parameters, their share, its metrics."""
     trained, total = settings.get("trained_parameters", 0), sum(p.numel() for p in model.parameters())
-    metrics = evaluate(model, tokenizer, pairs, images, settings["precision"])
+    metrics = evaluate(model, tokenizer, pairs, images, precision)
     return label(settings), trained, 100 * trained / total, metrics
 
 
@@ -416,8 +416,8 @@ def test(args, pairs, model, tokenizer, settings):
     notes += caption_notes(tokenizer, pairs.captions, model.config.context_length, args.split)
     print(*notes, f"model  {args.run}: activation {model.config.activation}",
           f"data   {args.split}: {len(pairs.images)} images, {len(pairs.captions)} captions", sep="\n")
-    rows = [("chance", None, None, chance(pairs)), row_of(model, tokenizer, settings, pairs, images)]
-    print("\n" + table(rows))
+    own = row_of(model, tokenizer, settings, pairs, images, settings["precision"])
+    print("\n" + table([("chance", None, None, chance(pairs)), own]))
 
 
 def main(argv=None):

@@ -486,8 +486,7 @@ def train(args):
             terms = "  ".join(f"{name} {row[name]:.3f}" for name in shown)
             tqdm.write(f"epoch {epoch:3d}/{args.epochs}  lr {lr:.1e}  {terms}{'*' if best else ' '}  "
                        f"{tqdm.format_interval(time.time() - began)}")
-            mean_batch = sum(len(numbers) for numbers in plan) / len(plan)
-            equal = 6 * args.margin * mean_batch
+            equal = 6 * args.margin * sum(len(numbers) for numbers in plan) / len(plan)     # of a mean batch
             if epoch == 1 and args.loss == "hmmc" and abs(row["loss"] / equal - 1) < 0.02:
                 tqdm.write(f"note    {equal:.1f} is the loss when all similarities are equal; if it stays "
                            "there, lower --margin or take --loss hmmc-softmax")
@@ -506,11 +505,12 @@ def test(args, pairs, images, history, seconds):
     """The test split, once training is over: chance, what the run started from, best.pt -> rows of its table.
     seconds: what training took."""
     split = "test" if "test" in pairs else "val"
-    rows = [("chance", None, None, eval.chance(pairs[split]))]
+    its_pairs, its_images = pairs[split], images[split]
+    rows = [("chance", None, None, eval.chance(its_pairs))]
     if args.model not in FROM_SCRATCH:
         model, tokenizer, settings = load_start(args)
-        settings["precision"] = args.precision
-        label, trained, share, metrics = eval.row_of(model, tokenizer, settings, pairs[split], images[split])
+        row = eval.row_of(model, tokenizer, settings, its_pairs, its_images, args.precision)
+        label, trained, share, metrics = row
         if args.init or settings.get("dataset") == args.dataset:        # it has learned on this data
             label = f"before: {label}"
         else:
@@ -518,9 +518,8 @@ def test(args, pairs, images, history, seconds):
         rows.append((label, trained, share, metrics))
     clip_file = args.model if args.train == "method" else None      # it may have moved since best.pt
     model, tokenizer, settings = eval.load_run(args.out, args.device, clip_file=clip_file)
-    settings["precision"] = args.precision
-    rows.append(eval.row_of(model, tokenizer, settings, pairs[split], images[split]))
-    tqdm.write(f"\n{args.dataset} {split}, {len(pairs[split].images)} images, epoch {settings['epoch']}, "
+    rows.append(eval.row_of(model, tokenizer, settings, its_pairs, its_images, args.precision))
+    tqdm.write(f"\n{args.dataset} {split}, {len(its_pairs.images)} images, epoch {settings['epoch']}, "
                f"{tqdm.format_interval(seconds)}\n{eval.table(rows)}\n\n"
                f"curve: {args.out}/curve.png; next: python eval.py {args.out} --split {split}")
     eval.plot_curve(history, Path(args.out) / "curve.png")
